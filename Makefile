@@ -1,0 +1,29 @@
+# make demo [DATA=folder] [OUT=folder]: the whole chain, from images to an INT8 model and its report
+# make test: notebooks and package agree, every notebook runs, whole-system tests
+PYTHON ?= python3.11
+BIN := .venv/bin
+DATA ?= digits
+OUT ?= runs/demo
+# small images and little augmentation: legible digits within minutes on two cores
+DEMO := $(addprefix -p ,input_size=128x160 epochs=19 batch_size=8 lr=0.005 mosaic=0 scale=0.2 hue=0 saturation=0.3 value=0.3 flip=0 auxiliary_weight=0)
+
+.PHONY: demo test check-export clean
+demo: .venv/installed
+	$(BIN)/yolov9001 run --data $(DATA) --out $(OUT) --overwrite $(if $(filter digits,$(DATA)),$(DEMO))
+
+test: .venv/installed check-export
+	cd nbs && PATH="$(CURDIR)/$(BIN):$$PATH" ../$(BIN)/nbdev_test --n_workers 1 --timing
+	$(BIN)/python -m pytest -q tests
+
+check-export: .venv/installed
+	$(BIN)/python tests/check_export.py
+
+# rknn-toolkit2 declares old torch and opencv, works with current ones, and runs on x86-64 Linux only: it comes without its pins
+.venv/installed: settings.ini setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -e '.[dev]'
+	if [ "$$(uname -sm)" = "Linux x86_64" ]; then $(BIN)/pip install -q --no-deps rknn-toolkit2==2.5.0; fi
+	touch $@
+
+clean:
+	rm -rf .venv runs build *.egg-info

@@ -1,0 +1,160 @@
+"The bench on whole files: a six-output detector, a QDQ file whose scales count, and what bad input gets"
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from yolov9001 import rk3588_bench
+from yolov9001.core import InputError
+from yolov9001.rk3588_bench import Npu, bench, estimate_ms, parse_layer_table, read_onnx, toolkit_version
+
+needs_toolkit = pytest.mark.skipif(toolkit_version() is None, reason='rknn-toolkit2 is not installed')
+HEIGHT, WIDTH = 64, 96
+
+
+def convolution(name, source, inputs, outputs, kernel, rng):
+    "A convolution node (stride 2 if 3x3) and its weight"
+    weight = rng.normal(size=(outputs, inputs, kernel, kernel), scale=(2/(inputs*kernel**2))**.5).astype(np.float32)
+    if source == 'images': weight /= 128
+    node = helper.make_node('Conv', [source, f'{name}_w'], [name], name, kernel_shape=[kernel]*2,
+                            strides=[2 if kernel == 3 else 1]*2, pads=[kernel//2]*4)
+    return node, numpy_helper.from_array(weight, f'{name}_w')
+
+
+def save(nodes, weights, outputs, path):
+    "Write a model of one input `images` 1x3xHxW"
+    value = lambda name, shape: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+    graph = helper.make_graph(nodes, 'toy', [value('images', [1, 3, HEIGHT, WIDTH])],
+                              [value(o, [1, None, None, None]) for o in outputs], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 13)], ir_version=8)
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def detector(tmp_path_factory):
+    "Three levels with a box and a class head each, without DFL: the project's ONNX contract in small"
+    rng, nodes, weights, outputs, source, channels = np.random.default_rng(0), [], [], [], 'images', 3
+    def add(name, source, inputs, width, kernel, act, result):
+        node, weight = convolution(name, source, inputs, width, kernel, rng)
+        nodes.extend([node, helper.make_node(act, [name], [result], result)])
+        weights.append(weight)
+    for i, width in enumerate((16, 24, 32, 32, 48)):
+        add(f'conv{i}', source, channels, width, 3, 'Relu', f'level{i}')
+        source, channels = f'level{i}', width
+        if i < 2: continue
+        for head, size in (('box', 4), ('cls', 7)):
+            outputs.append(f'{head}_{2**(i + 1)}')
+            add(f'{outputs[-1]}_conv', source, width, size, 1, 'Sigmoid', outputs[-1])
+    return save(nodes, weights, outputs, tmp_path_factory.mktemp('onnx')/'detector.onnx')
+
+
+@pytest.fixture(scope='module')
+def images():
+    "Smooth patches of colour with some noise"
+    rng = np.random.default_rng(1)
+    return np.clip(rng.integers(0, 256, (4, 1, 1, 3)) + rng.integers(-40, 40, (4, HEIGHT, WIDTH, 3)), 0, 255).astype(np.uint8)
+
+
+def quantized_file(path, step):
+    "One convolution with a sigmoid as QDQ: the box output is stored with the given step"
+    rng = np.random.default_rng(0)
+    weight = rng.integers(-127, 128, (8, 3, 3, 3)).astype(np.int8)
+    constants = dict(in_s=np.float32(1), in_z=np.int8(-128), w=weight, w_s=np.full(8, .0005, np.float32), w_z=np.zeros(8, np.int8),
+                     mid_s=np.float32(.05), mid_z=np.int8(0), out_s=np.float32(step), out_z=np.int8(-128))
+    def pair(source, scale, zero, result):
+        return [helper.make_node('QuantizeLinear', [source, scale, zero], [f'{result}_q']),
+                helper.make_node('DequantizeLinear', [f'{result}_q', scale, zero], [result])]
+    nodes = [*pair('images', 'in_s', 'in_z', 'x'),
+             helper.make_node('DequantizeLinear', ['w', 'w_s', 'w_z'], ['w_f'], axis=0),
+             helper.make_node('Conv', ['x', 'w_f'], ['conv'], kernel_shape=[3, 3], strides=[2, 2], pads=[1]*4),
+             *pair('conv', 'mid_s', 'mid_z', 'mid'), helper.make_node('Sigmoid', ['mid'], ['score']),
+             *pair('score', 'out_s', 'out_z', 'box_2')]
+    return save(nodes, [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()], ['box_2'], path)
+
+
+@needs_toolkit
+def test_detector_is_all_int8_on_the_npu_and_the_simulator_repeats_itself(detector, images, tmp_path):
+    import onnxruntime
+    with Npu() as npu:
+        compiled = npu.compile_onnx(detector, tmp_path/'detector.rknn', calibration=images)
+        first, again = npu(images), npu(images)
+        npu.compile_onnx(detector, tmp_path/'again.rknn', calibration=images)
+        rebuilt = npu(images)
+    metrics = compiled.metrics()
+    assert (metrics['cpu_layers'], metrics['float_layers'], metrics['npu_layers']) == (0, 0, 11)
+    assert metrics['calibration'] == 4 and metrics['rknn_bytes'] == (tmp_path/'detector.rknn').stat().st_size
+    assert metrics['estimated_ms_low'] < metrics['estimated_ms'] < metrics['estimated_ms_high']
+    for a, b, c in zip(first, again, rebuilt):
+        assert np.array_equal(a, b) and np.array_equal(a, c)
+    session = onnxruntime.InferenceSession(detector)
+    expected = session.run(None, {'images': images[:1].transpose(0, 3, 1, 2).astype(np.float32)})
+    for got, want in zip(first, expected):
+        assert got[:1].shape == want.shape and np.abs(got[:1] - want).max() < 12/256
+
+
+@needs_toolkit
+def test_scales_of_a_qdq_file_are_honoured(images, tmp_path):
+    for step in (1/256, 1/64):
+        path = quantized_file(tmp_path/'qdq.onnx', step)
+        assert read_onnx(path).quantized
+        with Npu() as npu:
+            compiled = npu.compile_onnx(path, tmp_path/'qdq.rknn')
+            scores, = npu(images)
+        levels = scores/step
+        assert np.abs(levels - levels.round()).max() < .01 and len(np.unique(levels.round())) > 20
+        assert compiled.calibration == 'QDQ' and set(compiled.layers.dtype) == {'INT8'}
+
+
+@needs_toolkit
+def test_calibration_must_fit_the_file(detector, images, tmp_path):
+    qdq = quantized_file(tmp_path/'qdq.onnx', 1/256)
+    with Npu() as npu:
+        with pytest.raises(InputError, match='leave out'): npu.compile_onnx(qdq, tmp_path/'x.rknn', calibration=images)
+        with pytest.raises(InputError, match='without calibration'): npu.compile_onnx(detector, tmp_path/'x.rknn')
+        with pytest.raises(InputError, match='give uint8'): npu.compile_onnx(detector, tmp_path/'x.rknn', calibration=images[:, 1:])
+        with pytest.raises(InputError, match='at least one'): npu.compile_onnx(detector, tmp_path/'x.rknn', calibration=[])
+    assert not (tmp_path/'x.rknn').exists()
+
+
+@needs_toolkit
+def test_what_the_toolkit_refuses_is_one_line_and_leaves_nothing(tmp_path):
+    node = helper.make_node('NoSuchOperator', ['images'], ['out'])
+    value = lambda name: helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3, HEIGHT, WIDTH])
+    path = tmp_path/'strange.onnx'
+    onnx.save(helper.make_model(helper.make_graph([node], 'strange', [value('images')], [value('out')]), ir_version=8), path)
+    with pytest.raises(InputError, match='strange.onnx: rknn-toolkit2') as caught: bench(path, rknn_path=tmp_path/'strange.rknn')
+    assert '\n' not in str(caught.value) and 'log' in str(caught.value.__cause__)
+    assert [p.name for p in tmp_path.iterdir()] == ['strange.onnx']
+
+
+@needs_toolkit
+def test_a_compilation_that_takes_too_long_is_ended(detector, images, tmp_path):
+    with Npu(timeout=.01) as npu:
+        with pytest.raises(InputError, match='no answer in 0.01 s'): npu.compile_onnx(detector, tmp_path/'x.rknn', calibration=images)
+        assert npu.worker.returncode is not None
+
+
+def test_bad_files(tmp_path, detector):
+    (tmp_path/'text.onnx').write_text('no protobuf here')
+    (tmp_path/'short.onnx').write_bytes(Path(detector).read_bytes()[:1000])
+    for name, what in dict(none='no such file', text='not an ONNX file', short='not an ONNX file').items():
+        with pytest.raises(InputError, match=f'{name}.onnx: {what}'): bench(tmp_path/f'{name}.onnx')
+    with pytest.raises(InputError, match='no such file'): bench(tmp_path)
+
+
+@needs_toolkit
+def test_unknown_target(detector):
+    with pytest.raises(InputError, match='rk9999: unknown; use one of rk3588, rk3576'): bench(detector, 'rk9999')
+
+
+def test_without_the_toolkit(detector, monkeypatch):
+    monkeypatch.setattr(rk3588_bench, 'toolkit_version', lambda: None)
+    with pytest.raises(InputError, match='pip install --no-deps rknn-toolkit2'): bench(detector)
+
+
+def test_no_milliseconds_for_chips_that_nothing_was_fitted_on():
+    assert set(estimate_ms(parse_layer_table(''), 'rk3566').values()) == {None}
+    assert estimate_ms(parse_layer_table(''))['estimated_ms'] == 0

@@ -1,0 +1,92 @@
+"The whole chain as a user starts it: commands, papermill notebooks, files, report."
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from yolov9001.data import make_digits
+from yolov9001.rk3588_bench import toolkit_version
+
+METRICS = {'map_fp32', 'map50_fp32', 'map_int8_ptq', 'images_val', 'params_deploy', 'gmacs_deploy', 'input_size', 'npu_layers', 'cpu_layers', 'float_layers',
+           'npu_cycles', 'traffic_bytes', 'estimated_ms', 'rknn_bytes', 'train_images_per_s', 'train_seconds', 'seed'}
+FILES = {'config.yaml', 'metrics.json', 'last.pt', 'best.pt', 'history.csv', 'model.onnx', 'model.rknn', 'layers.csv', 'train.ipynb', 'quantize.ipynb', 'bench.ipynb', 'report.html'}
+
+
+def command(*words): return subprocess.run([Path(sys.executable).parent/'yolov9001', *map(str, words)], capture_output=True, text=True)
+
+
+@pytest.fixture(scope='module')
+def chain(tmp_path_factory):
+    "A tiny run on digits: a map that is not square, one epoch."
+    if toolkit_version() is None: pytest.skip('rknn-toolkit2 is not installed')
+    folder = tmp_path_factory.mktemp('chain')
+    data = make_digits(folder/'digits', train=16, val=4)
+    result = command('run', '--data', data, '--out', folder/'run', '-p', 'input_size=64x96', '-p', 'epochs=1', '-p', 'batch_size=8', '-p', 'device=cpu')
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder, result
+
+
+def test_files_and_numbers(chain):
+    folder, result = chain
+    assert FILES <= {path.name for path in (folder/'run').iterdir()}
+    metrics = json.loads((folder/'run'/'metrics.json').read_text())
+    assert METRICS <= metrics.keys()
+    assert (metrics['cpu_layers'], metrics['float_layers'], metrics['images_val'], metrics['seed']) == (0, 0, 4, 0)
+    assert 'report.html' in result.stdout
+
+
+def test_report_is_one_offline_file(chain):
+    page = (chain[0]/'run'/'report.html').read_text()
+    assert page.count('data:image/') >= 6
+    assert 'src="http' not in page and 'href=' not in page
+
+
+def test_full_folder_is_refused(chain):
+    folder, _ = chain
+    before = (folder/'run'/'last.pt').read_bytes()
+    result = command('run', '--data', folder/'digits', '--out', folder/'run')
+    assert result.returncode == 2 and 'already holds a run' in result.stderr and len(result.stderr.splitlines()) == 1
+    assert (folder/'run'/'last.pt').read_bytes() == before
+
+
+def test_stages_alone(chain):
+    folder, _ = chain
+    run = folder/'run'
+    again = command('quantize', run)
+    assert again.returncode == 0, again.stderr
+    checkpoint = command('val', run/'best.pt', '--data', folder/'digits')
+    exported = command('val', run/'model.onnx', '--data', folder/'digits')
+    assert checkpoint.stdout.splitlines()[-1] == exported.stdout.splitlines()[-1]
+    assert command('export', run/'best.pt', '--out', folder/'wide.onnx', '--input-size', '32x128').returncode == 0
+    drawn = command('detect', run/'best.pt', folder/'digits'/'images', '--out', folder/'drawn')
+    assert drawn.returncode == 0 and len(list((folder/'drawn').glob('*.jpg'))) == 20
+    numbers = command('bench', folder/'wide.onnx', '--target', 'rk3576', '--json', folder/'bench.json')
+    assert numbers.returncode == 0 and json.loads((folder/'bench.json').read_text())['cpu_layers'] == 0
+
+
+@pytest.mark.parametrize('words, says', [
+    (['train', '--data', 'nowhere', '--out', 'x'], 'nowhere'),
+    (['train', '--data', 'digits', '--out', 'x', '-p', 'epoch=3'], 'did you mean epochs'),
+    (['run', '--data', 'digits', '--out', 'x', '-p', 'input_size=300'], 'multiple'),
+    (['bench', 'nowhere.onnx'], 'nowhere.onnx'),
+    (['dance'], 'invalid choice'),
+])
+def test_bad_input_exits_2(words, says, tmp_path):
+    result = subprocess.run([Path(sys.executable).parent/'yolov9001', *words], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2 and says in result.stderr and 'Traceback' not in result.stderr
+
+
+def test_help_teaches():
+    assert 'quantize' in command('--help').stdout and 'epochs=60' in command('run', '--help').stdout
+
+
+def test_np_compiles_to_int8_only(tmp_path):
+    if toolkit_version() is None: pytest.skip('rknn-toolkit2 is not installed')
+    from yolov9001.model import YOLOv9001, export_onnx
+    path = export_onnx(YOLOv9001(80), tmp_path/'np.onnx', [str(i) for i in range(80)], (640, 640))
+    result = command('bench', path, '--json', tmp_path/'np.json')
+    numbers = json.loads((tmp_path/'np.json').read_text())
+    assert result.returncode == 0 and (numbers['cpu_layers'], numbers['float_layers']) == (0, 0)
+    print(numbers)
