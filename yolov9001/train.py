@@ -14,6 +14,7 @@ import io
 import math
 import os
 import signal
+import sys
 import time
 import uuid
 from contextlib import contextmanager, nullcontext
@@ -47,7 +48,7 @@ class TrainConfig:
     model:str = 'np'                # a key of `CONFIGS`
     input_size:str = '320'          # one side or HEIGHTxWIDTH, multiples of 32
     epochs:int = 60                 # passes over the training images
-    batch_size:int = 16             # images a step, of all devices together
+    batch_size:int = 16             # images a step, of all devices together; yolov9001 train finds the largest for 0
     device_batch:int = 0            # images a device takes at once, the gradients of more add up; 0 for all of its share
     optimizer:str = 'adamw'         # adamw or sgd
     lr:float = 0.                   # peak learning rate, 0 for the optimizer's own: adamw 0.002, sgd 0.02
@@ -286,6 +287,7 @@ class Trainer:
         self.out, self.seconds, self.history, self.best, self.device = Path(config.out), 0., [], -1., self.world.device
         self.epoch, self.batch, self.sums, self.asked, self.stopping = 0, 0, {}, False, False
         self.writes = self.world.writes(self.out)
+        self.quiet = self.world.rank > 0 or ('RANK' in os.environ and not sys.stderr.isatty())  # a bar in a log file is noise
         if self.world.local_rank > 0: self.world.gather('data made by the first process of each host')
         self.train, self.val = load_data(config)
         if self.world.local_rank == 0: self.world.gather('data made by the first process of each host')
@@ -405,7 +407,7 @@ def run_epoch(self:Trainer
     self.model.train()
     self.sampler.epoch, self.sampler.start, started, seconds = self.epoch, first, time.perf_counter(), self.seconds
     seen = lambda: min(self.batch * config.batch_size, len(self.train)) - first * config.batch_size
-    with tqdm(self.loader, f'epoch {self.epoch + 1}/{config.epochs}', batches, False, initial=first, disable=self.world.rank > 0) as bar:
+    with tqdm(self.loader, f'epoch {self.epoch + 1}/{config.epochs}', batches, False, initial=first, disable=self.quiet) as bar:
         for images, targets in bar:
             rate = peak * learning_rate(self.epoch * batches + self.batch, steps, warmup, config.final_lr)
             for group in self.optimizer.param_groups: group['lr'] = rate
