@@ -110,10 +110,14 @@ http {
 CONF
 }
 
+tool() { # VENV PACKAGE: a virtual environment of its own for one tool
+  [[ -d $1 ]] || { python3 -m venv "$1.part" && mv "$1.part" "$1"; } || return
+  retry 3 "$1/bin/python" -m pip install -q "$2"
+}
+
 install_python() { # VENV REPO: the package and its dependencies, by uv; nothing to do where they are installed
   [[ -x $1/bin/yolov9001 ]] && return
-  python3 -m venv "$1.uv"
-  retry 3 "$1.uv/bin/pip" install -q 'uv>=0.8,<1'
-  "$1.uv/bin/uv" venv -q --clear --python "${PYTHON:-python3}" "$1"
-  retry 3 "$1.uv/bin/uv" pip install --python "$1/bin/python" -e "$2"
+  tool "$1.uv" 'uv>=0.8,<1'
+  "$1.uv/bin/python" -m uv venv -q --clear --python "${PYTHON:-python3}" "$1"
+  retry 3 "$1.uv/bin/python" -m uv pip install --python "$1/bin/python" -e "$2"
 }

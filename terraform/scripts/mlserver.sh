@@ -50,7 +50,8 @@ get_blob() {
 mkdir -p "$ROOT/results"
 exec > >(tee -a "$ROOT/results/setup.log") 2>&1
 guard
-want aria2c=aria2 screen=screen curl=curl ensurepip=python3-venv
+want aria2c=aria2 screen=screen curl=curl
+python3 -c 'import ensurepip' 2>/dev/null || want venv=python3-venv
 get_blob
 chown -R "$OWNER" "$ROOT"
 runuser -u "$OWNER" -- screen -dmS ddptrain bash "$here/train.sh" "$1"

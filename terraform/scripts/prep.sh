@@ -48,13 +48,14 @@ serve() {
   nginx_conf "$ROOT" "$ADDRESS:80" "$NETWORK" "$pid" >"$conf"
   nginx -q -t -c "$conf"
   if $systemd; then systemctl enable -q nginx && systemctl restart nginx
-  elif [[ -f $pid ]]; then nginx -c "$conf" -s reload
+  elif [[ -s $pid ]]; then nginx -c "$conf" -s reload
   else nginx -c "$conf"; fi
   curl -fsS --retry 5 --retry-connrefused "http://$ADDRESS/blob/manifest.sha256"
 }
 
 mkdir -p "$ROOT"
 want nginx=nginx-light aria2c=aria2 unzip=unzip curl=curl
+python3 -c 'import ensurepip' 2>/dev/null || want venv=python3-venv
 guard "$1"
 get_data
 pack
