@@ -343,3 +343,58 @@ def test_servers_end_themselves_and_the_jump_host_stays(cluster):
     folder, _ = cluster
     wait_for(lambda: all((folder/f'ml{i}_ended').exists() for i in (0, 1)), 60, 'not ended')
     assert not (folder/'jump_ended').exists()
+
+
+def launch(folder, code):
+    "train.sh by itself, with a stub that exits with `code` in the place of the installed command"
+    stub = folder/'venv'/'bin'/'yolov9001'
+    stub.parent.mkdir(parents=True)
+    stub.write_text(f'#!/bin/sh\necho trained "$@"\nexit {code}\n')
+    stub.chmod(0o755)
+    (folder/'repo'/'runs'/'old').mkdir(parents=True)
+    (folder/'repo'/'runs'/'old'/'last.pt').write_text('state')
+    env_file = environment(folder/'env', ROOT=folder, REPO=folder/'repo', HOSTS='10.0.0.1', ADDRESS='10.0.0.1', DATA='mine', RUN='old', STALL_MINUTES=60, END=f'touch {folder}/ended')
+    return subprocess.run(['bash', SCRIPTS/'train.sh', env_file], capture_output=True, text=True)
+
+
+def test_a_run_that_came_with_the_blob_goes_on(tmp_path):
+    assert launch(tmp_path, 0).returncode == 0
+    assert (tmp_path/'results'/'old'/'last.pt').read_text() == 'state'
+    assert f'trained train --data {tmp_path}/repo/mine --out {tmp_path}/results/old' in (tmp_path/'results'/'train.log').read_text()
+    assert (tmp_path/'ended').exists()
+
+
+def test_a_training_that_failed_leaves_the_machine_to_be_looked_at(tmp_path):
+    assert launch(tmp_path, 3).returncode == 3
+    assert (tmp_path/'results'/'exit_code').read_text() == '3\n' and not (tmp_path/'ended').exists()
+
+
+def test_an_installation_that_fails_trains_nothing(tmp_path):
+    (tmp_path/'repo').mkdir()
+    env_file = environment(tmp_path/'env', ROOT=tmp_path, REPO=tmp_path/'repo', HOSTS='10.0.0.1', ADDRESS='10.0.0.1', DATA='digits', STALL_MINUTES=60, END=f'touch {tmp_path}/ended')
+    (tmp_path/'bin').mkdir()
+    (tmp_path/'bin'/'python3').write_text('#!/bin/sh\nexit 4\n')
+    (tmp_path/'bin'/'python3').chmod(0o755)
+    result = subprocess.run(['bash', SCRIPTS/'train.sh', env_file], capture_output=True, text=True, env=os.environ | dict(PATH=f"{tmp_path}/bin:{os.environ['PATH']}"))
+    assert result.returncode == 4 and 'No such file' not in result.stdout
+    assert not (tmp_path/'ended').exists()
+
+
+def test_sync_sends_what_changed(tmp_path):
+    "Again only what is new, nothing that is being written, and a failure is told"
+    (tmp_path/'bin').mkdir()
+    (tmp_path/'bin'/'curl').write_text(f'#!/bin/sh\nfor last; do :; done\necho "$last" >>{tmp_path}/sent\n')
+    (tmp_path/'bin'/'curl').chmod(0o755)
+    path = dict(PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
+    folder = tmp_path/'results'
+    (folder/'train').mkdir(parents=True)
+    for name in ('log', 'train/last.pt', 'train/.last.7.pt'): (folder/name).write_text('one')
+    sent = lambda: sorted((tmp_path/'sent').read_text().split()) if (tmp_path/'sent').exists() else []
+    loop = subprocess.Popen(['bash', SCRIPTS/'sync.sh', folder, 'http://jump'], env=os.environ | path | {'PERIOD': '.2'})
+    wait_for(lambda: sent() == ['http://jump/log', 'http://jump/train/last.pt'], 30, sent)
+    (folder/'log').write_text('one and two')
+    wait_for(lambda: sent() == ['http://jump/log'] * 2 + ['http://jump/train/last.pt'], 30, sent)
+    loop.kill()
+    loop.wait()
+    (tmp_path/'bin'/'curl').write_text('#!/bin/sh\nexit 22\n')
+    assert subprocess.run(['bash', SCRIPTS/'sync.sh', folder, 'http://jump'], env=os.environ | path | {'ONCE': '1'}).returncode == 1

@@ -117,7 +117,7 @@ tool() { # VENV PACKAGE: a virtual environment of its own for one tool
 
 install_python() { # VENV REPO: the package and its dependencies, by uv; nothing to do where they are installed
   [[ -x $1/bin/yolov9001 ]] && return
-  tool "$1.uv" 'uv>=0.8,<1'
-  "$1.uv/bin/python" -m uv venv -q --clear --python "${PYTHON:-python3}" "$1"
+  tool "$1.uv" 'uv>=0.8,<1' || return
+  "$1.uv/bin/python" -m uv venv -q --clear --python "${PYTHON:-python3}" "$1" || return
   retry 3 "$1.uv/bin/python" -m uv pip install --python "$1/bin/python" -e "$2"
 }

@@ -50,7 +50,8 @@ get_blob() {
 mkdir -p "$ROOT/results"
 exec > >(tee -a "$ROOT/results/setup.log") 2>&1
 guard
-want aria2c=aria2 screen=screen curl=curl
+setsid bash "$here/sync.sh" "$ROOT/results" "http://$JUMP/results/$ADDRESS" </dev/null >/dev/null 2>&1 &
+want aria2c=aria2 screen=screen
 python3 -c 'import ensurepip' 2>/dev/null || want venv=python3-venv
 get_blob
 chown -R "$OWNER" "$ROOT"

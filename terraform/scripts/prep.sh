@@ -54,7 +54,7 @@ serve() {
 }
 
 mkdir -p "$ROOT"
-want nginx=nginx-light aria2c=aria2 unzip=unzip curl=curl
+want nginx=nginx aria2c=aria2 unzip=unzip curl=curl
 python3 -c 'import ensurepip' 2>/dev/null || want venv=python3-venv
 guard "$1"
 get_data

@@ -16,8 +16,8 @@ train() { # the one place that knows the command
   "$VENV/bin/yolov9001" train --data "$data" --out "$results/$RUN" --hosts "$HOSTS" --address "$ADDRESS" --devices auto "${words[@]}"
 }
 
-run() { # install, continue a run that came with the blob, train
-  install_python "$VENV" "$REPO"
+run() { # install, continue a run that came with the blob, train; `set -e` does not hold in here, its exit code is asked for
+  install_python "$VENV" "$REPO" || return
   [[ -d $results/$RUN || ! -d $REPO/runs/$RUN ]] || cp -r "$REPO/runs/$RUN" "$results/$RUN"
   cd "$ROOT"
   log "training on $HOSTS, this is $ADDRESS"
@@ -31,11 +31,6 @@ case $DATA in
 esac
 mkdir -p "$results"
 rm -f "$results/exit_code"
-if [[ $JUMP ]]; then
-  bash "$here/sync.sh" "$results" "http://$JUMP/results/$ADDRESS" &
-  sync=$!
-  trap 'kill "$sync"' EXIT
-fi
 (run) 2>&1 | tee -a "$results/train.log" && code=0 || code=$?
 echo "$code" >"$results/exit_code"
 [[ -z $JUMP ]] || ONCE=1 retry 5 bash "$here/sync.sh" "$results" "http://$JUMP/results/$ADDRESS"
