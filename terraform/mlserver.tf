@@ -64,6 +64,7 @@ resource "aws_instance" "mlserver" {
       HOSTS      = join(",", local.ml_addresses)
       OWNER      = "ubuntu"
       RUN        = var.run
+      SPOT       = var.spot
       PARAMETERS = join(" ", [for name, value in var.parameters : "${name}=${value}"])
     })
   })

@@ -272,7 +272,7 @@ def start_server(hosts, folder, i, venv):
     root, screens = folder/f'ml{i}', folder/f'screen{i}'
     root.mkdir()
     screens.mkdir(mode=0o700)
-    env_file = environment(folder/f'ml{i}.env', ROOT=root, ADDRESS=SERVERS[i], JUMP=JUMP, HOSTS=','.join(SERVERS), DATA='runs/tiny', OWNER='root', STALL_MINUTES=60, VENV=venv,
+    env_file = environment(folder/f'ml{i}.env', ROOT=root, ADDRESS=SERVERS[i], JUMP=JUMP, HOSTS=','.join(SERVERS), DATA='runs/tiny', OWNER='root', SPOT='false', STALL_MINUTES=60, VENV=venv,
                            PARAMETERS='input_size=64x96 epochs=2 batch_size=8 device=cpu', END=f'touch {folder}/ml{i}_ended')
     hosts.inside(f'ml{i}', 'bash', '-c', f'cd {root} && curl -fsSO http://{JUMP}/blob/scripts.tar && tar xf scripts.tar')
     hosts.start(f'ml{i}', 'bash', root/'scripts'/'mlserver.sh', env_file, env=os.environ | dict(SCREENDIR=str(screens), OMP_NUM_THREADS='1', PERIOD='1'),
@@ -398,3 +398,31 @@ def test_sync_sends_what_changed(tmp_path):
     loop.wait()
     (tmp_path/'bin'/'curl').write_text('#!/bin/sh\nexit 22\n')
     assert subprocess.run(['bash', SCRIPTS/'sync.sh', folder, 'http://jump'], env=os.environ | path | {'ONCE': '1'}).returncode == 1
+
+
+class Imds(http.server.BaseHTTPRequestHandler):
+    "The instance metadata of a spot instance that is taken back at the third question"
+    questions = 0
+    def log_message(self, *_): pass
+    def answer(self, status, text=b''):
+        self.send_response(status)
+        self.send_header('Content-Length', str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+    def do_PUT(self): self.answer(200, b'secret')
+    def do_GET(self):
+        assert self.path == '/latest/meta-data/spot/instance-action'
+        if self.headers['X-aws-ec2-metadata-token'] != 'secret': return self.answer(401)
+        Imds.questions += 1
+        self.answer(200 if Imds.questions >= 3 else 404)
+
+
+def test_spot_notice_ends_the_training(tmp_path):
+    require('curl')
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Imds)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    training = subprocess.Popen(['sleep', '100'])
+    (tmp_path/'train.pid').write_text(f'{training.pid}\n')
+    watch = subprocess.run(['bash', SCRIPTS/'spot.sh', tmp_path/'train.pid'], env=os.environ | {'IMDS': f'http://127.0.0.1:{server.server_port}', 'PERIOD': '.1'}, timeout=60)
+    server.shutdown()
+    assert (watch.returncode, Imds.questions, training.wait(10)) == (0, 3, -signal.SIGTERM)

@@ -51,6 +51,7 @@ mkdir -p "$ROOT/results"
 exec > >(tee -a "$ROOT/results/setup.log") 2>&1
 guard
 setsid bash "$here/sync.sh" "$ROOT/results" "http://$JUMP/results/$ADDRESS" </dev/null >/dev/null 2>&1 &
+if [[ $SPOT == true ]]; then setsid bash "$here/spot.sh" "$ROOT/train.pid" </dev/null >>"$ROOT/results/spot.log" 2>&1 & fi
 want aria2c=aria2 screen=screen
 python3 -c 'import ensurepip' 2>/dev/null || want venv=python3-venv
 get_blob

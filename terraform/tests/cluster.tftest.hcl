@@ -78,7 +78,7 @@ run "many" {
     error_message = "its own address and the parameters"
   }
   assert {
-    condition     = aws_instance.mlserver[0].instance_market_options[0].market_type == "spot"
+    condition     = aws_instance.mlserver[0].instance_market_options[0].market_type == "spot" && strcontains(aws_instance.mlserver[0].user_data, "SPOT='true'")
     error_message = "spot"
   }
   assert {
