@@ -22,18 +22,8 @@ resource "aws_instance" "jump" {
   iam_instance_profile                 = aws_iam_instance_profile.jump.name
   instance_initiated_shutdown_behavior = "stop" # it keeps the results
   ebs_optimized                        = true
-  user_data_replace_on_change          = true
-  user_data = templatefile("${path.module}/cloud-init.yaml.tftpl", {
-    stall_minutes = var.stall_minutes
-    first_script  = ""
-    names = merge(local.names, {
-      NAME    = var.name
-      REGION  = var.region
-      NETWORK = local.subnet
-      ADDRESS = local.jump_address
-    })
-  })
-  tags = { Name = "${var.name}-jump", Role = "jump" }
+  user_data                            = templatefile("${path.module}/cloud-init.yaml.tftpl", { stall_minutes = var.stall_minutes, first_script = "", names = {} })
+  tags                                 = { Name = "${var.name}-jump", Role = "jump" }
   metadata_options {
     http_tokens                 = "required"
     http_put_response_hop_limit = 1
@@ -46,7 +36,7 @@ resource "aws_instance" "jump" {
     throughput  = 600
   }
   lifecycle {
-    ignore_changes = [ami] # a new image is no reason to lose the results
+    ignore_changes = [ami, user_data] # no reason to lose the results
   }
 }
 
@@ -99,8 +89,12 @@ resource "aws_iam_instance_profile" "jump" {
   role        = aws_iam_role.jump.name
 }
 
+locals {
+  jump_names = merge(local.names, { NAME = var.name, REGION = var.region, NETWORK = local.subnet, ADDRESS = local.jump_address })
+}
+
 resource "terraform_data" "prep" {
-  triggers_replace = [aws_instance.jump.id, var.data, var.send_folders]
+  triggers_replace = [aws_instance.jump.id, local.jump_names, var.send_folders]
   depends_on = [
     aws_route_table_association.cluster,
     aws_vpc_security_group_ingress_rule.ssh,
@@ -110,7 +104,10 @@ resource "terraform_data" "prep" {
     aws_iam_role_policy.jump,
   ]
   provisioner "local-exec" {
-    command     = "bash ${path.module}/scripts/push.sh ubuntu@${aws_instance.jump.public_ip} ${join(" ", var.send_folders)}"
-    environment = var.ssh_private_key == null ? {} : { SSH_KEY = pathexpand(var.ssh_private_key) }
+    command = "bash ${path.module}/scripts/push.sh ubuntu@${aws_instance.jump.public_ip} ${join(" ", var.send_folders)}"
+    environment = {
+      SSH_KEY = var.ssh_private_key == null ? "" : pathexpand(var.ssh_private_key)
+      NAMES   = join("\n", [for name, value in local.jump_names : "${name}='${value}'"])
+    }
   }
 }

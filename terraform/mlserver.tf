@@ -30,6 +30,12 @@ resource "aws_network_interface" "efa" {
   subnet_id       = aws_subnet.cluster.id
   private_ips     = [local.ml_addresses[count.index]]
   security_groups = [aws_security_group.cluster.id]
+  lifecycle {
+    precondition {
+      condition     = data.aws_ec2_instance_type.ml.efa_supported
+      error_message = "${var.ml_type} has no Elastic Fabric Adapter: set efa = false, or take a type that has one, such as g5.8xlarge."
+    }
+  }
 }
 
 resource "aws_eip" "efa" {

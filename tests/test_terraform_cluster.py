@@ -95,7 +95,7 @@ def fake_aws(tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
-    server = subprocess.Popen([tool('python'), TERRAFORM/'tests'/'fake_aws.py', str(port)], stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen([tool('python'), TERRAFORM/'tests'/'fake_aws.py', str(port)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert server.stdout.readline().strip() == 'ready'
     yield dict(AWS_ENDPOINT_URL=f'http://127.0.0.1:{port}', AWS_ACCESS_KEY_ID='test', AWS_SECRET_ACCESS_KEY='test', AWS_EC2_METADATA_DISABLED='true', AWS_MAX_ATTEMPTS='2',
                NO_PROXY='127.0.0.1')
@@ -125,7 +125,7 @@ def applied(configuration, fake_aws):
         steps[step] = run('terraform', *words, expect=expect, **options | dict(env=options['env'] | dict(PREP_EXIT=str(prep)))).stdout
     terraform('failed', 'apply', '-auto-approve', '-input=false', '-no-color', prep=3, expect=1)
     terraform('after failure', 'state', 'list')
-    terraform('plan', 'plan', '-input=false', '-no-color', '-out=plan')
+    terraform('plan', 'plan', '-refresh=false', '-input=false', '-no-color', '-out=plan')
     terraform('plan json', 'show', '-json', 'plan')
     terraform('applied', 'apply', '-input=false', '-no-color', 'plan')
     terraform('outputs', 'output', '-json')
@@ -164,8 +164,8 @@ def test_tags_and_no_secret_in_the_state(applied):
 
 def test_user_data_is_valid_for_cloud_init(applied, tmp_path):
     changes = json.loads(applied['plan json'])['planned_values']['root_module']['resources']
-    texts = {resource['address']: resource['values']['user_data'] for resource in changes if resource['type'] == 'aws_instance' and resource['values'].get('user_data', '').startswith('#cloud')}
-    assert {'aws_instance.mlserver[0]', 'aws_instance.mlserver[1]'} <= texts.keys()
+    texts = {resource['address']: resource['values']['user_data'] for resource in changes if resource['type'] == 'aws_instance'}
+    assert texts.keys() == {'aws_instance.jump', 'aws_instance.mlserver[0]', 'aws_instance.mlserver[1]'}
     if not shutil.which('cloud-init'): pytest.skip('cloud-init is not installed')
     for address, text in texts.items():
         (tmp_path/'user-data').write_text(text)

@@ -249,7 +249,7 @@ SetEnv PATH={folder}/bin:/usr/sbin:/usr/bin:/sbin:/bin
 def make_venv(folder):
     "An installed package as the scripts expect it; `yolov9001 train` of a version without many hosts trains on each host alone"
     command = Path(sys.executable).parent/'yolov9001'
-    if "hosts=dict(" in (REPO/'yolov9001'/'workbook.py').read_text(): return command.parents[1]
+    if 'hosts:str' in (REPO/'yolov9001'/'workbook.py').read_text(): return command.parents[1]
     path = folder/'venv'/'bin'/'yolov9001'
     path.parent.mkdir(parents=True)
     path.write_text(f'''#!/bin/bash
@@ -264,7 +264,12 @@ exec {command} "${{words[@]}}"
     return path.parents[1]
 
 
-def environment(path, **names): path.write_text(''.join(f"{name}='{value}'\n" for name, value in names.items())); return path
+def as_text(names): return '\n'.join(f"{name}='{value}'" for name, value in names.items())
+
+
+def environment(path, **names):
+    path.write_text(as_text(names))
+    return path
 
 
 def start_server(hosts, folder, i, venv):
@@ -284,9 +289,9 @@ def cluster(hosts, folder):
     "Prep over ssh, then both ML servers; the blob is corrupt until the first of them has noticed"
     repo, jump, venv = make_repository(folder), folder/'jump', make_venv(folder)
     start_sshd(hosts, folder)
-    env_file = environment(folder/'jump.env', NAME='test', REGION='us-east-1', ROOT=jump, ADDRESS=JUMP, NETWORK=NETWORK, DATA='runs/tiny', STALL_MINUTES=60, END=f'touch {folder}/jump_ended')
+    names = dict(NAME='test', REGION='us-east-1', ROOT=jump, ADDRESS=JUMP, NETWORK=NETWORK, DATA='runs/tiny', STALL_MINUTES=60, END=f'touch {folder}/jump_ended')
     pushed = subprocess.run(hosts.words('user', ['bash', repo/'terraform/scripts/push.sh', f'root@{JUMP}', 'runs/tiny']), capture_output=True, text=True, timeout=300,
-                            env=os.environ | dict(SSH_KEY=str(folder/'user_key'), ROOT=str(jump), ENV_FILE=str(env_file)))
+                            env=os.environ | dict(NAMES=as_text(names), SSH_KEY=str(folder/'user_key'), ROOT=str(jump), ENV_FILE=str(folder/'jump.env')))
     assert pushed.returncode == 0, pushed.stderr
     blob, whole = jump/'blob'/'blob.tar', folder/'whole.tar'
     blob.rename(whole)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # On the user's machine: send what git tracks, and FOLDERS, to the jump host and prepare the data there.
-# Usage: push.sh USER@HOST [FOLDER...], the folders relative to the repository; SSH_KEY names a private key file, ROOT the folder there
+# Usage: push.sh USER@HOST [FOLDER...], the folders relative to the repository; in the environment NAMES, what prep.sh is told,
+#   and where they differ from the default SSH_KEY, a private key file, ROOT and ENV_FILE, places on the jump host
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/lib.sh"
@@ -28,4 +29,5 @@ send() { files "$@" | tar --null --files-from=- -czf - | on_jump "sudo rm -rf $r
 retry "${ATTEMPTS:-20}" on_jump true
 log "sending the repository to $jump"
 retry 3 send "$@"
+on_jump "sudo tee $env_file >/dev/null" <<<"$NAMES"
 on_jump "sudo bash $root/repo/terraform/scripts/prep.sh $env_file"

@@ -5,7 +5,7 @@ mock_provider "aws" {
     defaults = { locations = ["us-east-1b", "us-east-1a"] }
   }
   mock_data "aws_ec2_instance_type" {
-    defaults = { supported_architectures = ["arm64"] }
+    defaults = { supported_architectures = ["arm64"], efa_supported = true }
   }
   mock_data "aws_iam_policy_document" {
     defaults = { json = "{}" }
@@ -98,6 +98,18 @@ run "efa" {
     condition     = length(aws_eip.efa) == 2 && [for card in aws_network_interface.efa : card.interface_type] == ["efa", "efa"] && length(aws_placement_group.ml) == 0
     error_message = "an EFA interface and an address each"
   }
+}
+
+run "efa_on_a_type_without_one" {
+  command = plan
+  variables {
+    efa = true
+  }
+  override_data {
+    target = data.aws_ec2_instance_type.ml
+    values = { efa_supported = false }
+  }
+  expect_failures = [aws_network_interface.efa]
 }
 
 run "preparation_only" {
