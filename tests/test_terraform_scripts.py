@@ -298,7 +298,7 @@ def cluster(hosts, folder):
     blob.write_bytes(bytes(whole.stat().st_size))
     start_server(hosts, folder, 0, venv)
     log = folder/'ml0'/'results'/'setup.log'
-    wait_for(lambda: log.exists() and 'refused' in log.read_text(), 120, lambda: log.read_text())
+    wait_for(lambda: log.exists() and 'refused' in log.read_text(), 600, lambda: log.read_text())
     whole.rename(blob)
     start_server(hosts, folder, 1, venv)
     return folder, hosts
@@ -325,10 +325,10 @@ def test_only_the_network_is_served(cluster):
 def test_training_ran_in_screen_and_came_back(cluster):
     folder, hosts = cluster
     sessions = lambda: subprocess.run(['screen', '-ls'], capture_output=True, text=True, env=os.environ | dict(SCREENDIR=str(folder/'screen0'))).stdout
-    wait_for(lambda: 'ddptrain' in sessions(), 60, lambda: (folder/'ml0/results/setup.log').read_text())
+    wait_for(lambda: 'ddptrain' in sessions(), 600, lambda: (folder/'ml0/results/setup.log').read_text())
     codes = [folder/'jump'/'results'/address/'exit_code' for address in SERVERS]
     log = lambda i: (folder/f'ml{i}'/'results'/'train.log').read_text()[-3000:]
-    wait_for(lambda: all(code.exists() for code in codes), 1200, lambda: log(0) + log(1))
+    wait_for(lambda: all(code.exists() for code in codes), 3600, lambda: log(0) + log(1))
     assert [code.read_text() for code in codes] == ['0\n', '0\n'], log(0) + log(1)
     from yolov9001.train import load_model
     _, checkpoint = load_model(folder/'jump'/'results'/SERVERS[0]/'train'/'last.pt')
@@ -346,7 +346,7 @@ def test_storage_was_chosen_and_the_corrupt_blob_fetched_again(cluster):
 
 def test_servers_end_themselves_and_the_jump_host_stays(cluster):
     folder, _ = cluster
-    wait_for(lambda: all((folder/f'ml{i}_ended').exists() for i in (0, 1)), 60, 'not ended')
+    wait_for(lambda: all((folder/f'ml{i}_ended').exists() for i in (0, 1)), 600, 'not ended')
     assert not (folder/'jump_ended').exists()
 
 
