@@ -396,9 +396,9 @@ def test_sync_sends_what_changed(tmp_path):
     for name in ('log', 'train/last.pt', 'train/.last.7.pt'): (folder/name).write_text('one')
     sent = lambda: sorted((tmp_path/'sent').read_text().split()) if (tmp_path/'sent').exists() else []
     loop = subprocess.Popen(['bash', SCRIPTS/'sync.sh', folder, 'http://jump'], env=os.environ | path | {'PERIOD': '.2'})
-    wait_for(lambda: sent() == ['http://jump/log', 'http://jump/train/last.pt'], 30, sent)
+    wait_for(lambda: sent() == ['http://jump/log', 'http://jump/train/last.pt'], 300, sent)
     (folder/'log').write_text('one and two')
-    wait_for(lambda: sent() == ['http://jump/log'] * 2 + ['http://jump/train/last.pt'], 30, sent)
+    wait_for(lambda: sent() == ['http://jump/log'] * 2 + ['http://jump/train/last.pt'], 300, sent)
     loop.kill()
     loop.wait()
     (tmp_path/'bin'/'curl').write_text('#!/bin/sh\nexit 22\n')
