@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['save_evaluation', 'embed', 'plot_history', 'plot_classes', 'draw_side_by_side', 'versions', 'write_report']
 
-# %% ../nbs/04b_report.ipynb #a173aa23
+# %% ../nbs/04b_report.ipynb #c26b151f
 import base64
 import importlib.metadata
 import io
@@ -22,20 +22,20 @@ import pandas as pd
 import seaborn as sns
 import yaml
 
-from .core import InputError, write_whole
+from .core import InputError, write_json, write_whole
 from .data import DetectionSet
 from .evaluate import Evaluation, draw_detections, from_results
 from .rk3588_bench import plot_layers
 
-# %% ../nbs/04b_report.ipynb #d0cb5f45
+# %% ../nbs/04b_report.ipynb #d792bdbf
 def save_evaluation(
     evaluation:Evaluation, # of one split
     path:str|Path, # of the JSON file
 ):
     "Write an evaluation with its detections"
     numbers = {name: None if math.isnan(ap) else ap for name, ap in evaluation.per_class.items()}
-    content = dict(map=evaluation.map, map50=evaluation.map50, images=evaluation.images, per_class=numbers, detections=evaluation.detections)
-    with write_whole(path) as temporary: temporary.write_text(json.dumps(content))
+    write_json(dict(map=evaluation.map, map50=evaluation.map50, images=evaluation.images, per_class=numbers,
+                    detections=evaluation.detections), path)
 
 # %% ../nbs/04b_report.ipynb #1f037337
 def embed(

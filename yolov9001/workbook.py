@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'RunConfig', 'check_config', 'update_metrics', 'read_config', 'train_stage', 'calibration_images',
-           'quantize_stage', 'run_notebook', 'run', 'load_predictor', 'detect', 'main']
+           'quantize_stage', 'run_notebook', 'run', 'load_predictor', 'list_images', 'detect', 'command',
+           'add_arguments', 'describe_knobs', 'main', 'run_config']
 
-# %% ../nbs/05_workbook.ipynb #ceff7c39
+# %% ../nbs/05_workbook.ipynb #cdd79a55
 import argparse
+import inspect
 import json
 import sys
 import warnings
@@ -19,12 +21,17 @@ import numpy as np
 import papermill
 import torch
 import yaml
+from fastcore.docments import docments
 from papermill.exceptions import PapermillExecutionError
+from rich import print_json
+from rich.console import Console
+from rich.table import Table
 from tqdm.auto import tqdm
 
-from .core import InputError, project_folder, write_whole
+from .core import InputError, project_folder, write_json, write_whole
 from .data import DetectionSet, letterbox, load_split, parse_size
-from .evaluate import decode, draw_detections, evaluate, onnx_predictor, read_metadata, to_results, Detections
+from .evaluate import (Evaluation, decode, draw_detections, evaluate, onnx_predictor, read_metadata,
+                                to_results)
 from .model import count_parameters, export_onnx, layer_costs
 from .report import save_evaluation, write_report
 from .rk3588_bench import ALGORITHMS, TARGETS, Npu, bench, toolkit_version
@@ -38,18 +45,22 @@ class RunConfig(TrainConfig):
     calibration_images:int = 100    # training images that set the INT8 ranges
     algorithm:str = 'normal'        # of the vendor's calibration: normal, mmse or kl_divergence
 
-# %% ../nbs/05_workbook.ipynb #505d3618
+# %% ../nbs/05_workbook.ipynb #37945c7b
 def check_config(
     config:RunConfig, # of a run
 ):
     "Raise `InputError` for what the later stages would refuse"
     parse_size(config.input_size)
-    if config.target not in TARGETS: raise InputError(f"target {config.target!r}: unknown; use one of {', '.join(TARGETS)}")
-    if config.algorithm not in ALGORITHMS: raise InputError(f"algorithm {config.algorithm!r}: unknown; use one of {', '.join(ALGORITHMS)}")
-    if config.calibration_images < 1: raise InputError(f'calibration_images {config.calibration_images}: give at least 1, 20 to 100 is usual')
-    if toolkit_version() is None: raise InputError('rknn-toolkit2: not installed; pip install --no-deps rknn-toolkit2==2.5.0 (x86-64 Linux), or stop after yolov9001 train')
+    for name, known in (('target', TARGETS), ('algorithm', ALGORITHMS)):
+        value = getattr(config, name)
+        if value not in known: raise InputError(f"{name} {value!r}: unknown; use one of {', '.join(known)}")
+    if config.calibration_images < 1:
+        raise InputError(f'calibration_images {config.calibration_images}: give at least 1, 20 to 100 is usual')
+    if toolkit_version() is None:
+        raise InputError('rknn-toolkit2: not installed; pip install --no-deps rknn-toolkit2==2.5.0 (x86-64 Linux), '
+                         'or stop after yolov9001 train')
 
-# %% ../nbs/05_workbook.ipynb #957f39b2
+# %% ../nbs/05_workbook.ipynb #0559ba85
 def update_metrics(
     folder:str|Path, # of the run
     **values, # numbers by name
@@ -57,22 +68,24 @@ def update_metrics(
     "Add numbers to `metrics.json`"
     path = Path(folder)/'metrics.json'
     metrics = (json.loads(path.read_text()) if path.exists() else {}) | values
-    with write_whole(path) as temporary: temporary.write_text(json.dumps(metrics, indent=2) + '\n')
+    write_json(metrics, path)
     return metrics
 
-# %% ../nbs/05_workbook.ipynb #d7ef24b8
+# %% ../nbs/05_workbook.ipynb #6f7080da
 def read_config(
     path:str|Path, # YAML file of names and values, or the folder of a run that holds `config.yaml`
 )->RunConfig: # raises `InputError` where it is missing or malformed
     "Read the configuration of a run"
     path = Path(path)/'config.yaml' if Path(path).is_dir() else Path(path)
-    if not path.exists(): raise InputError(f'{path}: no such file; give a config.yaml or the folder of a run')
+    if not path.is_file(): raise InputError(f'{path}: no such file; give a config.yaml or the folder of a run')
+    remedy = 'write lines like epochs: 60'
     try: values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error: raise InputError(f"{path}: not YAML ({str(error).splitlines()[0]}); write lines like epochs: 60") from None
-    if not isinstance(values, dict): raise InputError(f'{path}: holds no names; write lines like epochs: 60')
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not YAML ({str(error).splitlines()[0]}); {remedy}") from None
+    if not isinstance(values, dict): raise InputError(f'{path}: holds no names; {remedy}')
     return make_config(RunConfig, values)
 
-# %% ../nbs/05_workbook.ipynb #dbc18df2
+# %% ../nbs/05_workbook.ipynb #7e887abb
 def train_stage(
     config:RunConfig, # of the run
     resume:bool=False, # continue the run in `config.out`
@@ -81,14 +94,17 @@ def train_stage(
     "Train, evaluate the best checkpoint, export it"
     trainer = train(config, resume, overwrite)
     out, size = trainer.out, trainer.size
-    with write_whole(out/'config.yaml') as temporary: temporary.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+    with write_whole(out/'config.yaml') as temporary:
+        temporary.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
     model, _ = load_model(out/'best.pt')
     result, costs = evaluate(predictor(model), trainer.val, size), layer_costs(model, size)
     save_evaluation(result, out/'evaluation_fp32.json')
     export_onnx(model, out/'model.onnx', trainer.train.class_names, size)
-    return update_metrics(out, map_fp32=result.map, map50_fp32=result.map50, images_val=result.images, params_deploy=count_parameters(model.deploy()),
-                          gmacs_deploy=costs.macs.sum() / 1e9, input_size=size[0] if size[0] == size[1] else f'{size[0]}x{size[1]}', seed=config.seed,
-                          train_seconds=trainer.seconds, train_images_per_s=len(trainer.train) * config.epochs / trainer.seconds)
+    return update_metrics(
+        out, map_fp32=result.map, map50_fp32=result.map50, images_val=result.images, seed=config.seed,
+        params_deploy=count_parameters(model.deploy()), gmacs_deploy=costs.macs.sum() / 1e9,
+        input_size=size[0] if size[0] == size[1] else f'{size[0]}x{size[1]}', train_seconds=trainer.seconds,
+        train_images_per_s=len(trainer.train) * config.epochs / trainer.seconds)
 
 # %% ../nbs/05_workbook.ipynb #8bed76b1
 def calibration_images(
@@ -100,7 +116,7 @@ def calibration_images(
     chosen = np.unique(np.linspace(0, len(detection_set) - 1, min(count, len(detection_set))).astype(int))
     return np.stack([letterbox(detection_set.read(int(i)), size)[0] for i in chosen])
 
-# %% ../nbs/05_workbook.ipynb #73cab7a5
+# %% ../nbs/05_workbook.ipynb #e4a68d6b
 def quantize_stage(
     config:RunConfig, # of a run whose `model.onnx` exists
 )->dict: # metrics so far
@@ -109,14 +125,15 @@ def quantize_stage(
     out, size = Path(config.out), parse_size(config.input_size)
     train_split, val = load_data(config)
     with Npu() as npu:
-        compiled = npu.compile_onnx(out/'model.onnx', out/'model.rknn', config.target, calibration_images(train_split, size, config.calibration_images), config.algorithm)
+        images = calibration_images(train_split, size, config.calibration_images)
+        compiled = npu.compile_onnx(out/'model.onnx', out/'model.rknn', config.target, images, config.algorithm)
         result = evaluate(lambda images: npu(images.numpy()), val, size)
     compiled.save_layers(out/'layers.csv')
     save_evaluation(result, out/'evaluation_int8_ptq.json')
     numbers = {name: value for name, value in compiled.metrics().items() if isinstance(value, (int, float))}
     return update_metrics(out, map_int8_ptq=result.map, map50_int8_ptq=result.map50, **numbers)
 
-# %% ../nbs/05_workbook.ipynb #b9ef03ec
+# %% ../nbs/05_workbook.ipynb #13a44c37
 def run_notebook(
     stage:str, # train, quantize or bench
     out:str|Path, # folder of the run, made if missing
@@ -131,13 +148,13 @@ def run_notebook(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            papermill.execute_notebook(str(source), f'{out}/{stage}.ipynb', parameters, kernel_name='python3', progress_bar=False,
-                                       stdout_file=sys.stdout, stderr_file=sys.stderr)
+            papermill.execute_notebook(str(source), f'{out}/{stage}.ipynb', parameters, kernel_name='python3',
+                                       progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
     except PapermillExecutionError as error:
         if error.ename == 'InputError': raise InputError(error.evalue) from None
         raise
 
-# %% ../nbs/05_workbook.ipynb #ed6c4dd6
+# %% ../nbs/05_workbook.ipynb #6445e45e
 def run(
     config:RunConfig, # of the run
     resume:bool=False, # continue the run in `config.out`
@@ -146,7 +163,8 @@ def run(
     "Train, quantize, compile, simulate, report"
     check_config(config)
     out = Path(config.out)
-    if (out/'last.pt').exists() and not (resume or overwrite): raise InputError(f'{out}: already holds a run; choose another --out, or --resume, or --overwrite')
+    if (out/'last.pt').exists() and not (resume or overwrite):
+        raise InputError(f'{out}: already holds a run; choose another --out, or --resume, or --overwrite')
     _, val = load_data(config)
     run_notebook('train', out, asdict(config) | dict(resume=resume, overwrite=overwrite))
     for stage in ('quantize', 'bench'): run_notebook(stage, out, dict(out=config.out))
@@ -163,92 +181,205 @@ def load_predictor(
     model, checkpoint = load_model(path)
     return predictor(model), checkpoint['class_names'], parse_size(checkpoint['input_size'])
 
-# %% ../nbs/05_workbook.ipynb #d357287b
+# %% ../nbs/05_workbook.ipynb #59f94cc2
+def list_images(
+    source:str|Path, # an image, or a folder of images
+)->list[Path]: # sorted; raises `InputError` where there is none
+    "The image files of a source"
+    source, suffixes = Path(source), ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
+    files = sorted(p for p in source.iterdir() if p.suffix.lower() in suffixes) if source.is_dir() else [source]
+    if not files or not files[0].is_file():
+        raise InputError(f"{source}: no image there; give an image or a folder of {', '.join(suffixes)}")
+    return files
+
+# %% ../nbs/05_workbook.ipynb #6e156e97
 def detect(
     path:str|Path, # best.pt or model.onnx
     source:str|Path, # image, or folder of images
     out:str|Path, # folder for the drawn images and `detections.json`
     confidence:float=.3, # least score, 0..1
-)->int: # images drawn
+)->int: # images drawn; raises `InputError` where none decodes
     "Find objects in images and draw them"
     predict, names, size = load_predictor(path)
-    source, rows = Path(source), []
-    files = sorted(p for p in source.iterdir() if p.suffix.lower() in ('.jpg', '.jpeg', '.png', '.bmp', '.webp')) if source.is_dir() else [source]
-    pictures = [(file, cv2.imread(str(file))) for file in tqdm(files, desc='read', leave=False)]
-    if all(image is None for _, image in pictures): raise InputError(f'{source}: no image that decodes; give an image or a folder of jpg or png files')
-    for number, (file, image) in enumerate(tqdm(pictures, desc='detect')):
+    rows, drawn = [], 0
+    for number, file in enumerate(tqdm(list_images(source), desc='detect', unit='image')):
+        image = cv2.imread(str(file))
         if image is None: warnings.warn(f'{file}: does not decode, skipped'); continue
         rgb = np.ascontiguousarray(image[..., ::-1])
         boxed, frame = letterbox(rgb, size)
         found = decode(predict(torch.from_numpy(boxed).permute(2, 0, 1)[None]), confidence)[0]
-        found = Detections(torch.as_tensor(frame.undo(found.boxes.numpy())), found.scores, found.classes)
+        found = found._replace(boxes=torch.as_tensor(frame.undo(found.boxes.numpy())))
         rows += [row | dict(file_name=file.name) for row in to_results(number, found, list(range(1, len(names) + 1)))]
-        with write_whole(Path(out)/f'{file.stem}.jpg') as temporary:
-            cv2.imwrite(str(temporary), draw_detections(rgb, found.boxes, found.classes, names, found.scores)[..., ::-1])
-    with write_whole(Path(out)/'detections.json') as temporary: temporary.write_text(json.dumps(rows))
-    return sum(image is not None for _, image in pictures)
+        picture = draw_detections(rgb, found.boxes, found.classes, names, found.scores)
+        with write_whole(Path(out)/f'{file.stem}.jpg') as temporary: cv2.imwrite(str(temporary), picture[..., ::-1])
+        drawn += 1
+    if not drawn: raise InputError(f'{source}: no image decodes; give jpg or png files')
+    write_json(rows, Path(out)/'detections.json')
+    return drawn
 
-# %% ../nbs/05_workbook.ipynb #390348a4
-def _parser():
-    parser = argparse.ArgumentParser('yolov9001', description='A nano object detector for INT8 on Rockchip NPUs', epilog='yolov9001 COMMAND --help tells more')
-    commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    def command(name, text, **arguments):
-        sub = commands.add_parser(name, help=text, description=text)
-        for flag, options in arguments.items(): sub.add_argument(*([flag] if options.pop('positional', False) else [f"-{flag}" if len(flag) == 1 else f"--{flag.replace('_', '-')}"]), **options)
-    knobs = ', '.join(f'{field.name}={field.default}' for field in fields(RunConfig) if field.name not in ('data', 'out'))
-    training = lambda: dict(data=dict(help="COCO folder, YOLO data.yaml, or 'digits' for the embedded set"), out=dict(help='folder of the run'), config=dict(help='config.yaml to start from'),
-        p=dict(action='append', default=[], metavar='NAME=VALUE', help=f'any of: {knobs}'), resume=dict(action='store_true', help='continue the run in --out'),
-        overwrite=dict(action='store_true', help='start anew although --out holds a run'))
-    model = lambda: dict(positional=True, help='best.pt or model.onnx')
-    command('run', 'train, quantize, compile, simulate, report', **training())
-    command('train', 'train, evaluate and export', **training())
-    command('quantize', 'quantize, compile and simulate the model of a run', run=dict(positional=True, help='folder of a run'))
-    command('val', 'evaluate a model', model=model(), data=dict(required=True, help='COCO folder or YOLO data.yaml'), split=dict(default='val', help='train, val or test'))
-    command('detect', 'draw what a model finds', model=model(), source=dict(positional=True, help='image or folder'), out=dict(default='runs/detect', help='folder for the pictures'),
-            confidence=dict(type=float, default=.3, help='least score'))
-    command('export', 'write the ONNX file of a checkpoint', checkpoint=dict(positional=True, help='best.pt'), out=dict(required=True, help='.onnx file'), input_size=dict(help='one side or HEIGHTxWIDTH'))
-    command('bench', 'compile any ONNX detector and estimate its time', model=dict(positional=True, help='.onnx file'), target=dict(default='rk3588', help=', '.join(TARGETS)), json=dict(help='file for the numbers'))
-    return parser
+# %% ../nbs/05_workbook.ipynb #c72d9faf
+COMMANDS = {}
 
-# %% ../nbs/05_workbook.ipynb #b75ac1a0
-def _run_config(a):
-    bad = [word for word in a.p if '=' not in word]
-    if bad: raise InputError(f'parameter {bad[0]!r}: no value; write -p name=value')
-    values = (asdict(read_config(a.config)) if a.config else {}) | {name: value for name, value in (('data', a.data), ('out', a.out)) if value}
-    if not (a.data or a.config): raise InputError("no --data: give a COCO folder, a YOLO data.yaml, or 'digits'")
-    if not a.out: raise InputError('no --out: give the folder of the run')
-    return make_config(RunConfig, values | dict(word.split('=', 1) for word in a.p))
+def command(
+    function, # named `_name`
+): # the same function
+    "Make a function the command `yolov9001 name`"
+    COMMANDS[function.__name__.strip('_')] = function
+    return function
 
-def _bench(a):
-    metrics = bench(a.model, a.target).metrics()
-    if a.json:
-        with write_whole(a.json) as temporary: temporary.write_text(json.dumps(metrics, indent=2) + '\n')
-    return json.dumps(metrics, indent=2) + '\nmilliseconds are an estimate from the compiler, not a measurement'
+# %% ../nbs/05_workbook.ipynb #58dc2c41
+def add_arguments(
+    parser:argparse.ArgumentParser, # gets one argument a parameter
+    function, # with docments
+):
+    "Turn the parameters of a function into those of a parser"
+    kinds = inspect.signature(function).parameters
+    for name, p in docments(function, full=True, returns=False, eval_str=True).items():
+        required = p.default is inspect.Parameter.empty
+        if kinds[name].kind is not inspect.Parameter.KEYWORD_ONLY: parser.add_argument(name, help=p.docment); continue
+        told = p.docment + (f' (default {p.default})' if not required and p.default not in (None, False) else '')
+        kind = dict(action='store_true') if p.anno is bool else dict(action='append') if p.anno is list else dict(type=p.anno)
+        if not required: kind |= dict(default=p.default)
+        parser.add_argument(f'-{name}' if len(name) == 1 else f"--{name.replace('_', '-')}", help=told, required=required, **kind)
 
-def _val(a):
-    predict, names, size = load_predictor(a.model)
-    split = load_split(a.data, a.split)
-    if split.class_names != names: raise InputError(f'{a.data}: classes {split.class_names} differ from those of {a.model} {names}; evaluate on data with the same')
-    result = evaluate(predict, split, size)
-    return '\n'.join([f'{name}: AP {ap:.1f}' for name, ap in result.per_class.items()] + [repr(result)])
+# %% ../nbs/05_workbook.ipynb #70f3a8b1
+def describe_knobs(
+    kind:type, # a dataclass whose fields are commented
+)->str: # a line each
+    "Names, defaults and meaning of a configuration"
+    told = {}
+    for part in reversed(kind.__mro__[:-1]): told |= {name: text for name, text in docments(part).items() if text}
+    return '\n'.join(f"  {f'{f.name}={f.default}':<24} {told.get(f.name, '')}" for f in fields(kind))
 
-def _export(a):
-    model, checkpoint = load_model(a.checkpoint)
-    return f"wrote {export_onnx(model, a.out, checkpoint['class_names'], parse_size(a.input_size or checkpoint['input_size']))}"
-
-# %% ../nbs/05_workbook.ipynb #97ce6252
-COMMANDS = {'run': lambda a: f'report: {run(_run_config(a), a.resume, a.overwrite)}',
-            'train': lambda a: f"wrote {a.out}\n{json.dumps(train_stage(_run_config(a), a.resume, a.overwrite), indent=2)}",
-            'quantize': lambda a: json.dumps(quantize_stage(RunConfig(**asdict(read_config(a.run)) | {'out': a.run})), indent=2),
-            'val': _val, 'export': _export, 'bench': _bench, 'detect': lambda a: f'drew {detect(a.model, a.source, a.out, a.confidence)} images in {a.out}'}
-
+# %% ../nbs/05_workbook.ipynb #5a1c3f01
 def main(
     arguments:list=None, # words of the command line, those of the process if None
 )->int: # exit code: 0 done, 2 wrong input
     "The command `yolov9001`"
-    a = _parser().parse_args(arguments)
-    try: print(COMMANDS[a.command](a))
+    parser = argparse.ArgumentParser('yolov9001', epilog='yolov9001 COMMAND --help tells more',
+                                     description='A nano object detector for INT8 on Rockchip NPUs')
+    commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+    for name, function in COMMANDS.items():
+        knobs = f"parameters for -p:\n{describe_knobs(RunConfig)}" if 'p' in inspect.signature(function).parameters else None
+        own = commands.add_parser(name, help=function.__doc__, description=function.__doc__, epilog=knobs,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+        add_arguments(own, function)
+    words = vars(parser.parse_args(arguments))
+    try: COMMANDS[words.pop('command')](**words)
     except InputError as error:
         print(f'yolov9001: {error}', file=sys.stderr)
         return 2
     return 0
+
+# %% ../nbs/05_workbook.ipynb #a9c384f1
+def run_config(
+    data:str|None, # COCO folder, YOLO data.yaml, or 'digits'
+    out:str, # folder of the run
+    config:str|None=None, # config.yaml to start from, or the folder of a run
+    p:list=None, # words `name=value`
+)->RunConfig: # raises `InputError` for unknown names and values of another type
+    "Configuration from the words of a command line"
+    bad = [word for word in p or [] if '=' not in word]
+    if bad: raise InputError(f'parameter {bad[0]!r}: no value; write -p name=value')
+    if not (data or config): raise InputError("no --data: give a COCO folder, a YOLO data.yaml, or 'digits'")
+    values = asdict(read_config(config)) if config else {}
+    values |= dict(out=out) | (dict(data=data) if data else {})
+    return make_config(RunConfig, values | dict(word.split('=', 1) for word in p or []))
+
+# %% ../nbs/05_workbook.ipynb #9836852e
+@command
+def _run(*,
+    out:str, # folder of the run
+    data:str=None, # COCO folder, YOLO data.yaml, or 'digits' for the embedded set
+    config:str=None, # config.yaml to start from, or the folder of a run
+    p:list=None, # name=value, any of the parameters below; may be repeated
+    resume:bool=False, # continue the run in --out
+    overwrite:bool=False, # start anew although --out holds a run
+):
+    "Train, quantize, compile, simulate, report"
+    print(f'report: {run(run_config(data, out, config, p), resume, overwrite)}')
+
+# %% ../nbs/05_workbook.ipynb #5cf945b8
+@command
+def _train(*,
+    out:str, # folder of the run
+    data:str=None, # COCO folder, YOLO data.yaml, or 'digits' for the embedded set
+    config:str=None, # config.yaml to start from, or the folder of a run
+    p:list=None, # name=value, any of the parameters below; may be repeated
+    resume:bool=False, # continue the run in --out
+    overwrite:bool=False, # start anew although --out holds a run
+):
+    "Train, evaluate and export"
+    print_json(data=train_stage(run_config(data, out, config, p), resume, overwrite))
+    print(f'wrote {out}/best.pt and {out}/model.onnx')
+
+# %% ../nbs/05_workbook.ipynb #8eee15dc
+@command
+def _quantize(
+    run:str, # folder of a run
+):
+    "Quantize, compile and simulate the model of a run"
+    config = read_config(run)
+    config.out = run
+    print_json(data=quantize_stage(config))
+    print(f'wrote {run}/model.rknn and {run}/layers.csv')
+
+# %% ../nbs/05_workbook.ipynb #aaf04363
+def _print_evaluation(evaluation:Evaluation):
+    table = Table('class', 'objects', 'AP50-95')
+    for name, ap in evaluation.per_class.items(): table.add_row(name, str(evaluation.objects[name]), f'{ap:.1f}')
+    Console().print(table)
+    print(evaluation)
+
+@command
+def _val(
+    model:str, # best.pt or model.onnx
+    *,
+    data:str, # COCO folder or YOLO data.yaml
+    split:str='val', # train, val or test
+):
+    "Evaluate a model"
+    predict, names, size = load_predictor(model)
+    images = load_split(data, split)
+    if images.class_names != names:
+        raise InputError(f'{data}: classes {images.class_names} differ from those of {model} {names}; evaluate on data with the same')
+    _print_evaluation(evaluate(predict, images, size))
+
+# %% ../nbs/05_workbook.ipynb #59348d26
+@command
+def _detect(
+    model:str, # best.pt or model.onnx
+    source:str, # image, or folder of images
+    *,
+    out:str='runs/detect', # folder for the pictures and detections.json
+    confidence:float=.3, # least score, 0..1
+):
+    "Draw what a model finds"
+    print(f'drew {detect(model, source, out, confidence)} images in {out}')
+
+# %% ../nbs/05_workbook.ipynb #2786c89f
+@command
+def _export(
+    checkpoint:str, # best.pt
+    *,
+    out:str, # .onnx file to write
+    input_size:str=None, # one side or HEIGHTxWIDTH, that of the training if not given
+):
+    "Write the ONNX file of a checkpoint"
+    model, known = load_model(checkpoint)
+    size = parse_size(input_size or known['input_size'])
+    print(f"wrote {export_onnx(model, out, known['class_names'], size)}")
+
+# %% ../nbs/05_workbook.ipynb #c2310398
+@command
+def _bench(
+    model:str, # .onnx file with one image input of fixed size
+    *,
+    target:str='rk3588', # rk3588, rk3576, rk3566, rk3568, rk3562, rv1126b, rv1103 or rv1106
+    json:str=None, # file for the numbers
+):
+    "Compile any ONNX detector and estimate its time"
+    numbers = bench(model, target).metrics()
+    if json: write_json(numbers, json)
+    print_json(data=numbers)
+    print('milliseconds are an estimate from the compiler, not a measurement')
