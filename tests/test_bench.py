@@ -7,7 +7,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from yolov9001 import rk3588_bench
 from yolov9001.core import InputError
-from yolov9001.rk3588_bench import Npu, bench, estimate_ms, parse_layer_table, read_onnx, toolkit_version
+from yolov9001.latency import estimate_ms, parse_layer_table
+from yolov9001.rk3588_bench import Npu, bench, read_onnx, toolkit_version
 
 needs_toolkit = pytest.mark.skipif(toolkit_version() is None, reason='rknn-toolkit2 is not installed')
 HEIGHT, WIDTH = 64, 96
