@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'ALGORITHMS', 'toolkit_version', 'OnnxFile', 'read_onnx', 'random_calibration', 'Compiled', 'Npu', 'bench',
-           'bench_targets']
+           'bench_board', 'bench_targets']
 
-# %% ../nbs/04_rk3588_bench.ipynb #bcd0d676
+# %% ../nbs/04_rk3588_bench.ipynb #ee4133cd
 import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from importlib import metadata
 from multiprocessing.connection import Connection, Pipe
@@ -74,16 +75,17 @@ def random_calibration(
     channels, height, width = onnx_file.shape
     return np.random.default_rng(0).integers(0, 256, (images, height, width, channels), dtype=np.uint8)
 
-# %% ../nbs/04_rk3588_bench.ipynb #60daefa7
-def _compile(onnx_path, rknn_path, target, algorithm, name, shape, dataset, rules):
-    "In the worker: build, export and load the simulator"
+# %% ../nbs/04_rk3588_bench.ipynb #6696e3b6
+def _compile(onnx_path, rknn_path, target, algorithm, name, shape, dataset, rules, board):
+    "In the worker: build, export and load the simulator, or the model on a board"
     from rknn.api import RKNN
     rknn = RKNN(verbose=True)
     steps = [lambda: rknn.config(mean_values=[[0]*shape[0]], std_values=[[1]*shape[0]], target_platform=target,
                                  quantized_algorithm=algorithm, disable_rules=rules),
              lambda: rknn.load_onnx(onnx_path, inputs=[name], input_size_list=[[1, *shape]]),
              lambda: rknn.build(do_quantization=dataset is not None, dataset=dataset),
-             lambda: rknn.export_rknn(rknn_path), rknn.init_runtime]
+             lambda: rknn.export_rknn(rknn_path),
+             lambda: rknn.init_runtime(**(dict(target=target, device_id=board) if board else {}))]
     for step in steps:
         if step(): raise RuntimeError('rknn-toolkit2 gave up')
     return rknn
@@ -94,7 +96,7 @@ def _simulate(rknn, images):
     outputs = [rknn.inference(inputs=[image[None]], data_format=['nhwc']) for image in images]
     return [np.concatenate(o).astype(np.float32) for o in zip(*outputs)]
 
-# %% ../nbs/04_rk3588_bench.ipynb #c4d03853
+# %% ../nbs/04_rk3588_bench.ipynb #a2e6ad5f
 def _serve(descriptor):
     "The worker: answers (error, result) to each (job, arguments) until the other end closes"
     connection, rknn = Connection(descriptor), None
@@ -104,7 +106,8 @@ def _serve(descriptor):
         try:
             result = None
             if job == 'compile': rknn = _compile(**arguments)
-            else: result = _simulate(rknn, **arguments)
+            elif job == 'simulate': result = _simulate(rknn, **arguments)
+            else: result = rknn.eval_perf(is_print=False)
             reply = None, result
         except Exception as error: reply = (str(error).strip() or repr(error)).splitlines()[-1], None
         sys.stdout.flush()
@@ -172,14 +175,26 @@ def _calibration_list(images, onnx_file, folder):
     (folder/'calibration.txt').write_text('\n'.join(map(str, paths)))
     return str(folder/'calibration.txt')
 
-# %% ../nbs/04_rk3588_bench.ipynb #3e91314c
+# %% ../nbs/04_rk3588_bench.ipynb #d0176340
+def _connect(host):
+    "Reach a board's adb over the network; returns the device id that the toolkit wants"
+    device = host if ':' in host else f'{host}:5555'
+    try: told = subprocess.run(['adb', 'connect', device], capture_output=True, text=True, timeout=30).stdout.strip()
+    except FileNotFoundError: raise InputError('adb: not installed; apt install adb, and start rknn_server on the board') from None
+    except subprocess.TimeoutExpired: told = 'no answer in 30 s'
+    if 'connected to' not in told: raise InputError(f'{host}: no board answers to adb there ({told}); check its address and adb')
+    return device
+
+# %% ../nbs/04_rk3588_bench.ipynb #da810c2e
 class Npu:
     "Compiler and INT8 simulator of a Rockchip NPU; use with `with`, call like a model"
     def __init__(self,
         timeout:float=1800, # seconds that one compilation or one batch may take
+        board:str=None, # a board that runs rknn_server, host or host:port of its adb; the simulator if None
     ):
         if toolkit_version() is None:
             raise InputError("rknn-toolkit2: not installed; pip install --no-deps rknn-toolkit2==2.5.0 (x86-64 Linux)")
+        self.board = board and _connect(board)
         self.timeout, self.onnx_file, self._temporary = timeout, None, TemporaryDirectory(prefix='npu_')
         self.folder = Path(self._temporary.name)
         self.log = self.folder/'log.txt'
@@ -224,7 +239,7 @@ def _build(self:Npu, **arguments):
         if not advice or advice[1] in rules: raise _explain(arguments['onnx_path'], error, log)
         rules.append(advice[1])
 
-# %% ../nbs/04_rk3588_bench.ipynb #b85f8fab
+# %% ../nbs/04_rk3588_bench.ipynb #b7a926f2
 @patch
 def compile_onnx(self:Npu,
     onnx_path:str|Path,    # ONNX detector of one 1xCxHxW image input, pixels 0..255
@@ -244,19 +259,19 @@ def compile_onnx(self:Npu,
     dataset = None if calibration is None else _calibration_list(calibration, onnx_file, self.folder)
     with write_whole(rknn_path) as temporary:
         log = self._build(onnx_path=str(onnx_file.path.resolve()), rknn_path=str(temporary.resolve()), target=target,
-                          algorithm=algorithm, name=onnx_file.input, shape=onnx_file.shape, dataset=dataset)
+                          algorithm=algorithm, name=onnx_file.input, shape=onnx_file.shape, dataset=dataset, board=self.board)
     layers = parse_layer_table(log)
     if layers.empty: raise _explain(onnx_path, 'no layer table was printed', log)
     self.onnx_file = onnx_file
     return Compiled(Path(rknn_path), target, layers, 'QDQ' if calibration is None else len(calibration),
                     toolkit_version(), Path(rknn_path).stat().st_size)
 
-# %% ../nbs/04_rk3588_bench.ipynb #9398c512
+# %% ../nbs/04_rk3588_bench.ipynb #4d4079a7
 @patch
 def simulate(self:Npu,
     images, # uint8 pixels (n, height, width, channels) or (n, channels, height, width), array or tensor
 )->list: # one float32 array per ONNX output, in its order and shape, images stacked on the first axis
-    "What the NPU would answer, by the toolkit's INT8 simulator"
+    "What the NPU would answer, by the toolkit's INT8 simulator, or answers, on a board"
     if self.onnx_file is None: raise ValueError('compile_onnx comes first: only what it compiled can be simulated')
     images, (channels, height, width) = np.asarray(images), self.onnx_file.shape
     if images.shape[1:] == (channels, height, width): images = images.transpose(0, 2, 3, 1)
@@ -284,6 +299,25 @@ def bench(
     with TemporaryDirectory() as folder, Npu() as npu:
         compiled = npu.compile_onnx(onnx_path, rknn_path or Path(folder)/'model.rknn', target, calibration)
     return replace(compiled, calibration='random') if noise else compiled
+
+# %% ../nbs/04_rk3588_bench.ipynb #ae1dcbed
+def bench_board(
+    onnx_path:str|Path, # any ONNX detector with one image input of fixed size
+    host:str, # host or host:port of the board's adb
+    target:str='rk3588', # the board's chip
+    runs:int=50, # inferences timed
+)->dict: # `Compiled.metrics`, board, board_call_ms (median), board_call_ms_p90, board_perf; raises `InputError`
+    "Compile an ONNX file, run it on a board, and tell what it took beside the estimate"
+    onnx_file = read_onnx(onnx_path)
+    image = random_calibration(onnx_file, 1)
+    with TemporaryDirectory() as folder, Npu(board=host) as npu:
+        compiled = npu.compile_onnx(onnx_path, Path(folder)/'model.rknn', target, None if onnx_file.quantized else image)
+        marks = [time.perf_counter()]
+        for _ in range(runs + 1): npu(image); marks.append(time.perf_counter())
+        error, told, log = npu._ask('measure')
+    if error: raise _explain(onnx_path, error, log)
+    median, p90 = np.percentile(1000*np.diff(marks)[1:], (50, 90)).tolist()  # the first one loads
+    return compiled.metrics() | dict(board=host, board_call_ms=median, board_call_ms_p90=p90, board_perf=told)
 
 # %% ../nbs/04_rk3588_bench.ipynb #fa61b6f5
 def bench_targets(
