@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'OUTPUT_NAMES', 'ModelConfig', 'Backbone', 'TopDown', 'BottomUp', 'Head', 'YOLOv9001', 'npu_cycles',
-           'layer_costs', 'count_parameters', 'model_table', 'onnx_metadata', 'export_onnx']
+           'layer_costs', 'count_parameters', 'model_table', 'onnx_metadata', 'write_onnx', 'export_onnx']
 
 # %% ../nbs/01_model.ipynb #da87543f
 import json
@@ -159,13 +159,13 @@ def npu_cycles(
     "Cycles that the RK3588 compiler counts for a dense convolution"
     return height * width * max(ks * ks * ceil(cin / 32) * ceil(cout / 32), 4 * ceil(cout / 32))
 
-# %% ../nbs/01_model.ipynb #7534cb59
+# %% ../nbs/01_model.ipynb #07c8ccd2
 def layer_costs(
     model:YOLOv9001, # in training or deployed form
     size:tuple=(640, 640), # height and width of the input, multiples of 32
 )->pd.DataFrame: # one row a convolution: name, channels, height, width, parameters, macs, npu_cycles
     "What each convolution of the deployed model costs"
-    model = model if model.auxiliary is None else model.deploy()
+    model = model.deploy()
     rows, names = [], {module: name for name, module in model.named_modules()}
     def record(conv, inputs, output):
         _, cout, height, width = output.shape
@@ -209,7 +209,27 @@ def onnx_metadata(
     return {'model': 'yolov9001', 'config': model.config, 'strides': ','.join(map(str, model.strides)), 'box_code': 'rational',
             'class_names': json.dumps(list(class_names)), 'input_size': f'{size[0]}x{size[1]}'}
 
-# %% ../nbs/01_model.ipynb #749910a4
+# %% ../nbs/01_model.ipynb #62e66828
+def write_onnx(
+    module:nn.Module, # on the CPU, in eval mode: pixels (1, 3, H, W) -> the six outputs
+    path:str|Path, # of the file to write
+    metadata:dict, # as `onnx_metadata` gives it
+    size:tuple, # height and width of the input
+    finish=lambda graph: graph, # last changes to the `onnx.ModelProto`
+)->Path: # `path`
+    "Trace a module into an ONNX file by the contract"
+    with write_whole(path) as temporary:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')     # the exporter's notice that a newer one exists
+            torch.onnx.export(module, (torch.zeros(1, 3, *size),), str(temporary), dynamo=False, opset_version=13,
+                              input_names=['images'], output_names=OUTPUT_NAMES)
+        graph = finish(onnx.load(temporary))
+        onnx.helper.set_model_props(graph, metadata)
+        onnx.checker.check_model(graph)
+        onnx.save(graph, temporary)
+    return Path(path)
+
+# %% ../nbs/01_model.ipynb #3ee4bfcf
 def export_onnx(
     model:YOLOv9001, # in training or deployed form
     path:str|Path, # of the file to write
@@ -217,16 +237,6 @@ def export_onnx(
     size:tuple=(640, 640), # height and width of the input, multiples of 32
 )->Path: # `path`
     "Write the deployed model as ONNX: input `images` of pixels 0..255, outputs `OUTPUT_NAMES` in 0..1"
-    if any(side % 32 or side <= 0 for side in size): raise InputError(f'input size {size[0]}x{size[1]}: not a multiple of 32; use for instance 320x320')
-    metadata = onnx_metadata(model, class_names, size)
-    model = (model if model.auxiliary is None else model.deploy()).cpu().eval()
-    with write_whole(path) as temporary:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')     # the exporter's notice that a newer one exists
-            torch.onnx.export(model, (torch.zeros(1, 3, *size),), str(temporary), dynamo=False, opset_version=13,
-                              input_names=['images'], output_names=OUTPUT_NAMES)
-        graph = onnx.load(temporary)
-        onnx.helper.set_model_props(graph, metadata)
-        onnx.checker.check_model(graph)
-        onnx.save(graph, temporary)
-    return Path(path)
+    if any(side % 32 or side <= 0 for side in size):
+        raise InputError(f'input size {size[0]}x{size[1]}: not a multiple of 32; use for instance 320x320')
+    return write_onnx(model.deploy().cpu(), path, onnx_metadata(model, class_names, size), size)

@@ -227,19 +227,38 @@ def _ask(self:Npu, job, **arguments):
 # %% ../nbs/04_rk3588_bench.ipynb #35a11235
 _CRASHING_RULES = ['fuse_exmatmul_add_mul_exsoftmax13_exmatmul_to_sdpa', 'seperate_conv_rs_split']
 
-# %% ../nbs/04_rk3588_bench.ipynb #80b4f324
+# %% ../nbs/04_rk3588_bench.ipynb #8c239bd5
 @patch
-def _build(self:Npu, **arguments):
+def _build(self:Npu, named, **arguments):
     "Compile without the fusion rules that crash; returns the log"
     rules = list(_CRASHING_RULES)
     while True:
         error, _, log = self._ask('compile', rules=rules, **arguments)
         if not error: return log
         advice = re.search(r"add disable_rules=\['(\w+)'\]", log)
-        if not advice or advice[1] in rules: raise _explain(arguments['onnx_path'], error, log)
+        if not advice or advice[1] in rules: raise _explain(named, error, log)
         rules.append(advice[1])
 
-# %% ../nbs/04_rk3588_bench.ipynb #b7a926f2
+# %% ../nbs/04_rk3588_bench.ipynb #e407eec3
+def _restep(codes):
+    "Codes that the toolkit's second rounding, by 127/128, turns into `codes` (those up to ±126 exactly)"
+    return (codes + np.sign(codes)*(abs(codes) >= 64)).clip(-128, 127).astype(np.int8)
+
+def _weights_for_toolkit(path, folder):
+    "A copy of a QDQ file whose INT8 weights survive the import"
+    file = onnx.load(path)
+    stored = {tensor.name: tensor for tensor in file.graph.initializer}
+    for node in file.graph.node:
+        codes = stored.get(node.input[0]) if node.op_type == 'DequantizeLinear' else None
+        if codes is None or codes.data_type != onnx.TensorProto.INT8 or len(codes.dims) != 4: continue
+        scale = stored[node.input[1]]
+        for tensor, value in ((codes, _restep(onnx.numpy_helper.to_array(codes).astype(int))),
+                              (scale, onnx.numpy_helper.to_array(scale)*np.float32(127/128))):
+            tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
+    onnx.save(file, folder/Path(path).name)
+    return folder/Path(path).name
+
+# %% ../nbs/04_rk3588_bench.ipynb #eea26ff3
 @patch
 def compile_onnx(self:Npu,
     onnx_path:str|Path,    # ONNX detector of one 1xCxHxW image input, pixels 0..255
@@ -257,8 +276,9 @@ def compile_onnx(self:Npu,
                  else 'float file without calibration images; give some, or a QDQ file')
         raise InputError(f"{onnx_path}: {wrong}")
     dataset = None if calibration is None else _calibration_list(calibration, onnx_file, self.folder)
+    source = _weights_for_toolkit(onnx_path, self.folder) if onnx_file.quantized else onnx_file.path.resolve()
     with write_whole(rknn_path) as temporary:
-        log = self._build(onnx_path=str(onnx_file.path.resolve()), rknn_path=str(temporary.resolve()), target=target,
+        log = self._build(onnx_path, onnx_path=str(source), rknn_path=str(temporary.resolve()), target=target,
                           algorithm=algorithm, name=onnx_file.input, shape=onnx_file.shape, dataset=dataset, board=self.board)
     layers = parse_layer_table(log)
     if layers.empty: raise _explain(onnx_path, 'no layer table was printed', log)

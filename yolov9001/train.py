@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'TrainConfig', 'make_config', 'pick_device', 'wants_bfloat16', 'learning_rate', 'EMA', 'make_optimizer',
-           'load_data', 'Trainer', 'predictor', 'load_model', 'train']
+           'load_data', 'Trainer', 'predictor', 'read_checkpoint', 'load_model', 'train']
 
 # %% ../nbs/02_train.ipynb #1ac68bb7
 import copy
@@ -150,9 +150,11 @@ def load_data(
         raise InputError(f'{data}: classes of train {train.class_names} and val {val.class_names} differ; give both the same categories')
     return train, val
 
-# %% ../nbs/02_train.ipynb #e65b9fb5
+# %% ../nbs/02_train.ipynb #979233fb
 class Trainer:
     "One training run: data, model, optimizer, average and history"
+    format = 'yolov9001'  # of its checkpoints
+
     def __init__(self,
         config:TrainConfig, # of the run
     ):
@@ -161,8 +163,7 @@ class Trainer:
         self.out, self.epoch, self.seconds, self.history, self.best = Path(config.out), 0, 0., [], -1.
         self.train, self.val = load_data(config)
         torch.manual_seed(config.seed)
-        self.model = YOLOv9001(len(self.train.class_names), config.model).to(self.device, memory_format=torch.channels_last)
-        if not config.auxiliary_weight: self.model.auxiliary = None
+        self.model = self.build().to(self.device, memory_format=torch.channels_last)
         self.optimizer, self.ema = make_optimizer(self.model, config), EMA(self.model, config.ema_decay)
         self.loss = DualLoss(config.auxiliary_weight)
         augmentation = Augmentation(config.mosaic, config.scale, config.translate, config.hue, config.saturation, config.value, config.flip)
@@ -171,6 +172,15 @@ class Trainer:
         workers = config.workers if config.workers >= 0 else 4 * (self.device.type == 'cuda')
         self.loader = DataLoader(items, config.batch_size, sampler=self.sampler, num_workers=workers, collate_fn=collate,
                                  persistent_workers=workers > 0, pin_memory=self.device.type == 'cuda')
+
+# %% ../nbs/02_train.ipynb #c5d2e45f
+@patch
+def build(self:Trainer
+)->nn.Module: # that answers with logits while training, and knows `deploy`
+    "The model to train, with the weights to begin from"
+    model = YOLOv9001(len(self.train.class_names), self.config.model)
+    if not self.config.auxiliary_weight: model.auxiliary = None
+    return model
 
 # %% ../nbs/02_train.ipynb #40ff7e5f
 @patch
@@ -210,13 +220,13 @@ def run_epoch(self:Trainer
     return {'epoch': self.epoch + 1, **{name: value / batches for name, value in sums.items()}, 'lr': self.optimizer.param_groups[0]['lr'],
             'images_per_s': seen / (time.perf_counter() - started)}
 
-# %% ../nbs/02_train.ipynb #0c964c6a
+# %% ../nbs/02_train.ipynb #d25bb683
 def predictor(
     model:YOLOv9001, # in training or deployed form
     device:torch.device='cpu', # where it runs
 ): # callable: uint8 images (B, 3, H, W) -> six outputs, as `evaluate` wants it
     "The deployed form of `model` as a function of images"
-    deployed = (model if model.auxiliary is None and model.pixel_scale == 1 else model.deploy()).to(device, memory_format=torch.channels_last)
+    deployed = model.deploy().to(device, memory_format=torch.channels_last)
     def predict(images):
         with torch.inference_mode(): return deployed(images.to(device).float().contiguous(memory_format=torch.channels_last))
     return predict
@@ -227,17 +237,27 @@ def validate(self:Trainer
     "Evaluate the average on the val split"
     return evaluate(predictor(self.ema.model, self.device), self.val, self.size, self.config.batch_size, progress=False)
 
-# %% ../nbs/02_train.ipynb #ed75c04a
+# %% ../nbs/02_train.ipynb #6a3daf1f
+def read_checkpoint(
+    path:str|Path, # `best.pt` or `last.pt` of a run
+    format:str='yolov9001', # what `Trainer.format` wrote into it
+)->dict: # weights, model, class_names, input_size, epoch, ...; raises `InputError` if it is missing, torn or of another model
+    "Read and check a checkpoint"
+    path = Path(path)
+    if not path.is_file(): raise InputError(f'{path}: no such checkpoint; train first, or give the best.pt of a run')
+    try: checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:
+        raise InputError(f'{path}: not a readable checkpoint ({type(error).__name__}); give the best.pt of a run') from None
+    if not isinstance(checkpoint, dict) or checkpoint.get('format') != format or checkpoint['model'] not in CONFIGS:
+        raise InputError(f'{path}: a checkpoint of another model; give a best.pt that yolov9001 train wrote')
+    return checkpoint
+
+# %% ../nbs/02_train.ipynb #cf90227e
 def load_model(
     path:str|Path, # `best.pt` or `last.pt` of a run
 )->tuple: # `YOLOv9001` in eval mode (training form), and the checkpoint's other entries: class_names, input_size, ...
     "The model of a checkpoint"
-    path = Path(path)
-    if not path.exists(): raise InputError(f'{path}: no such checkpoint; train first, or give the best.pt of a run')
-    try: checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error: raise InputError(f'{path}: not a readable checkpoint ({type(error).__name__}); give the best.pt of a run') from None
-    if not isinstance(checkpoint, dict) or checkpoint.get('format') != 'yolov9001' or checkpoint['model'] not in CONFIGS:
-        raise InputError(f'{path}: a checkpoint of another model; give a best.pt that yolov9001 train wrote')
+    checkpoint = read_checkpoint(path)
     model = YOLOv9001(len(checkpoint['class_names']), checkpoint['model'])
     weights = checkpoint.pop('weights')
     if not any(name.startswith('auxiliary') for name in weights): model.auxiliary = None
@@ -245,14 +265,14 @@ def load_model(
     except RuntimeError: raise InputError(f"{path}: its weights do not fit model {checkpoint['model']!r}; it comes from another version, train anew") from None
     return model.eval(), checkpoint
 
-# %% ../nbs/02_train.ipynb #772b8782
+# %% ../nbs/02_train.ipynb #a27c219c
 @patch
 def save(self:Trainer,
     name:str, # best.pt or last.pt
     **training, # further entries
 ):
     "Write a checkpoint of the average"
-    checkpoint = dict(format='yolov9001', model=self.config.model, class_names=self.train.class_names, input_size=f'{self.size[0]}x{self.size[1]}',
+    checkpoint = dict(format=self.format, model=self.config.model, class_names=self.train.class_names, input_size=f'{self.size[0]}x{self.size[1]}',
                       epoch=self.epoch, weights=self.ema.model.state_dict(), **training)
     with write_whole(self.out/name) as temporary: torch.save(checkpoint, temporary)
 
@@ -263,18 +283,18 @@ def save_state(self:Trainer):
               updates=self.ema.updates, seconds=self.seconds, history=self.history, best=self.best))
     with write_whole(self.out/'history.csv') as temporary: pd.DataFrame(self.history).to_csv(temporary, index=False)
 
-# %% ../nbs/02_train.ipynb #b44bb8b6
+# %% ../nbs/02_train.ipynb #815cebd2
 @patch
 def resume(self:Trainer):
     "Continue from `last.pt` as if never stopped; raises `InputError` where the configuration differs"
     path = self.out/'last.pt'
-    model, checkpoint = load_model(path)
+    checkpoint = read_checkpoint(path, self.format)
     if 'state' not in checkpoint: raise InputError(f'{path}: holds no training state; train anew in another folder')
     state, now = checkpoint['state'], asdict(self.config)
     for name, value in state['config'].items():
         if name not in ('out', 'device', 'workers') and now.get(name) != value:
             raise InputError(f'{path}: was trained with {name}={value}, now {now.get(name)}; resume with the same, or choose another folder')
-    self.ema.model.load_state_dict(model.state_dict())
+    self.ema.model.load_state_dict(checkpoint['weights'])
     self.model.load_state_dict(state['model'])
     self.optimizer.load_state_dict(state['optimizer'])
     torch.set_rng_state(state['random'])
