@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PEERS', 'ultralytics_version', 'export_peer', 'peer_distances', 'peer_boxes', 'decode_peer', 'export_published',
            'measure_published', 'write_yolo', 'train_peer', 'float_predictor', 'measure', 'Budget', 'resolve_decode',
-           'obtain', 'compare_one', 'read_rows', 'summarize', 'plot_comparison', 'compare']
+           'obtain', 'compare_one', 'read_rows', 'summarize', 'plot_comparison', 'check_comparison', 'compare']
 
 # %% ../nbs/04a_compare.ipynb #900d9a96
 import json
@@ -493,7 +493,21 @@ def plot_comparison(
     axis.margins(x=.2); sns.despine(ax=axis)
     return figure
 
-# %% ../nbs/04a_compare.ipynb #2b89c4fa
+# %% ../nbs/04a_compare.ipynb #d17eb944
+def check_comparison(
+    models:list, # as `obtain` takes them
+    budget:Budget, # of the comparison
+):
+    "Raise `InputError` for what would fail after hours"
+    if toolkit_version() is None: Npu().close()  # tells how to install it
+    for split in ('train', 'val', budget.split): load_split(budget.data, split)
+    for model in models:
+        path, _, function = model.partition('=')
+        if '.onnx' in model: read_onnx(path); function and resolve_decode(function)
+        elif model not in CONFIGS and ultralytics_version() is None:
+            raise InputError(f"{model}: not one of {', '.join(CONFIGS)}; for detectors of ultralytics, pip install -e '.[compare]'")
+
+# %% ../nbs/04a_compare.ipynb #d49226c3
 def compare(
     models:list, # as `obtain` takes them
     seeds:list, # each model is trained once with each; a given file once
@@ -501,7 +515,7 @@ def compare(
     out:str|Path, # folder of the comparison, resumed if it exists
 )->pd.DataFrame: # all finished rows of the folder, also written as `compare.json` and `compare.png`
     "Compare models on one data set with one budget"
-    if toolkit_version() is None: Npu()  # tells how to install it
+    check_comparison(models, budget)
     out = Path(out)
     for model, seed in [(model, seed) for seed in seeds for model in models if '.onnx' not in model or seed == seeds[0]]:
         compare_one(model, seed, budget, out)

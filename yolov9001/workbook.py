@@ -7,7 +7,7 @@ __all__ = ['COMMANDS', 'RunConfig', 'check_config', 'update_metrics', 'read_conf
            'quantize_stage', 'run_notebook', 'run', 'load_predictor', 'list_images', 'detect', 'command',
            'add_arguments', 'describe_knobs', 'main', 'run_config']
 
-# %% ../nbs/05_workbook.ipynb #cdd79a55
+# %% ../nbs/05_workbook.ipynb #f91131cd
 import argparse
 import inspect
 import json
@@ -28,13 +28,14 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
+from .compare import Budget, compare, summarize
 from .core import InputError, project_folder, write_json, write_whole
 from .data import DetectionSet, letterbox, load_split, parse_size
 from .evaluate import (Evaluation, decode, draw_detections, evaluate, onnx_predictor, read_metadata,
                                 to_results)
 from .model import count_parameters, export_onnx, layer_costs
 from .report import save_evaluation, write_report
-from .rk3588_bench import ALGORITHMS, TARGETS, Npu, bench, toolkit_version
+from .rk3588_bench import ALGORITHMS, TARGETS, Npu, bench, bench_board, toolkit_version
 from .train import TrainConfig, load_data, load_model, make_config, predictor, train
 
 # %% ../nbs/05_workbook.ipynb #efb82e68
@@ -370,16 +371,43 @@ def _export(
     size = parse_size(input_size or known['input_size'])
     print(f"wrote {export_onnx(model, out, known['class_names'], size)}")
 
-# %% ../nbs/05_workbook.ipynb #c2310398
+# %% ../nbs/05_workbook.ipynb #59e54428
 @command
 def _bench(
     model:str, # .onnx file with one image input of fixed size
     *,
-    target:str='rk3588', # rk3588, rk3576, rk3566, rk3568, rk3562, rv1126b, rv1103 or rv1106
+    target:str='rk3588', # rk3588, rk3576, rk3566, rk3568, rk3562, rv1126b, rv1103 or rv1106; several with commas
+    board:str=None, # host or host:port of a board's adb: run there too (rknn_server must run on it)
     json:str=None, # file for the numbers
 ):
     "Compile any ONNX detector and estimate its time"
-    numbers = bench(model, target).metrics()
+    if ',' in target and board: raise InputError(f'target {target}: several; give the one of the board')
+    numbers = bench_board(model, board, target) if board else [bench(model, chip).metrics() for chip in target.split(',')]
+    if not board and len(numbers) == 1: numbers = numbers[0]
     if json: write_json(numbers, json)
     print_json(data=numbers)
-    print('milliseconds are an estimate from the compiler, not a measurement')
+    print('estimated milliseconds come from the compiler, they are no measurement')
+
+# %% ../nbs/05_workbook.ipynb #10e63d67
+@command
+def _compare(*,
+    data:str, # COCO folder or YOLO data.yaml
+    models:str='ours,yolov8n,yolo11n', # with commas: ours, a configuration, a detector of ultralytics, model.onnx[=module:function]
+    out:str='runs/compare', # folder of the runs and the table; resumed if it exists
+    seeds:str='0', # with commas
+    epochs:int=60, # passes over the training images
+    input_size:int=320, # side of the square input, a multiple of 32
+    batch_size:int=16, # images a step
+    split:str='val', # what is measured: val or test
+    calibration:int=100, # training images that set the INT8 ranges
+    json:str=None, # file for the rows
+):
+    "Train or take models, measure them in float and INT8 by the same code, one table and one picture"
+    if not all(seed.isdigit() for seed in seeds.split(',')): raise InputError(f'seeds {seeds!r}: write numbers with commas')
+    names = [RunConfig().model if name == 'ours' else name for name in models.split(',')]
+    parse_size(input_size)
+    budget = Budget(data, input_size, epochs, batch_size, split, calibration)
+    rows = compare(names, [int(seed) for seed in seeds.split(',')], budget, out)
+    if json: write_json(rows.to_dict('records'), json)
+    print(summarize(rows).round(2).to_string())
+    print(f'wrote {out}/compare.json and {out}/compare.png; milliseconds are estimates')
