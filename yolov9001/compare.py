@@ -7,7 +7,7 @@ __all__ = ['PEERS', 'ultralytics_version', 'export_peer', 'peer_distances', 'pee
            'measure_published', 'write_yolo', 'train_peer', 'float_predictor', 'measure', 'Budget', 'resolve_decode',
            'obtain', 'compare_one', 'read_rows', 'summarize', 'plot_comparison', 'check_comparison', 'compare']
 
-# %% ../nbs/04a_compare.ipynb #900d9a96
+# %% ../nbs/04a_compare.ipynb #f2b3b33e
 import json
 import os
 import shutil
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .core import InputError, project_folder, write_whole
-from .data import DetectionSet, calibration_images, load_split, make_digits, parse_size
+from .data import DetectionSet, load_split, sample_images
 from .evaluate import Detections, _suppress, decode, evaluate
 from .latency import PUBLISHED, layer_work
 from .loss import anchor_points, flatten_levels
@@ -367,7 +367,7 @@ def float_predictor(
         return [np.concatenate(level) for level in zip(*outputs)]
     return predict
 
-# %% ../nbs/04a_compare.ipynb #8c0a104e
+# %% ../nbs/04a_compare.ipynb #eec1ab31
 def measure(
     path:str|Path, # any ONNX detector with one image input; a QDQ file brings its own INT8 scales
     train_split:DetectionSet, # its images set the ranges of INT8
@@ -378,7 +378,7 @@ def measure(
     "Accuracy of an ONNX detector in float and in INT8, and what it costs on the NPU"
     onnx_file = read_onnx(path)
     size = onnx_file.shape[1:]
-    images = None if onnx_file.quantized else calibration_images(train_split, size, calibration)
+    images = None if onnx_file.quantized else sample_images(train_split, size, calibration).permute(0, 2, 3, 1).numpy()
     exact = evaluate(float_predictor(path), val, size, decode=decode, progress=False)
     with TemporaryDirectory() as folder, Npu() as npu:
         compiled = npu.compile_onnx(path, Path(folder)/'model.rknn', calibration=images)
@@ -475,7 +475,7 @@ def summarize(
         estimated_ms=('estimated_ms', 'mean'), params=('params', 'first'), ours=('ours', 'first'), cpu_layers=('cpu_layers', 'max'))
     return table.sort_values('int8', ascending=False)
 
-# %% ../nbs/04a_compare.ipynb #b02aa8eb
+# %% ../nbs/04a_compare.ipynb #da11cabf
 def plot_comparison(
     rows:pd.DataFrame, # from `read_rows`
 )->plt.Figure:
@@ -486,10 +486,10 @@ def plot_comparison(
             x, mark = r.estimated_ms*(1 + shift), '*' if r.ours else 'o'
             axis.vlines(x, r[f'{kind}_low'], r[f'{kind}_high'], color=colour, linewidth=1.2)
             axis.scatter(x, r[kind], s=130 if r.ours else 50, marker=mark, facecolor=face, edgecolor=colour, zorder=3)
-        axis.annotate(f'{name} ({r.seeds})', (r.estimated_ms, r.int8), xytext=(8, -3), textcoords='offset points', color=colour)
+        axis.annotate(f'{name} ({r.seeds})', (r.estimated_ms, r.int8), xytext=(10, -3), textcoords='offset points', color=colour)
     first = rows.iloc[0]
     axis.set(xlabel='estimated ms, one RK3588 core', ylabel='AP50-95', title=f'{Path(first.data).stem}, {first.input_size} pixels, {first.epochs} epochs: '
-             'float hollow, INT8 filled (seeds)' if 'data' in rows else '')
+             'float hollow, INT8 filled (seeds)' if 'data' in rows else 'float hollow, INT8 filled (seeds)')
     axis.margins(x=.2); sns.despine(ax=axis)
     return figure
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['parse_size', 'Letterbox', 'letterbox', 'Record', 'DetectionSet', 'load_split', 'make_digits', 'Augmentation',
-           'TrainSet', 'EpochSampler', 'collate', 'calibration_images']
+           'TrainSet', 'EpochSampler', 'collate', 'sample_images']
 
 # %% ../nbs/01a_data.ipynb #893e2c90
 import json
@@ -607,12 +607,13 @@ def collate(
     for rows, objects in zip(padded, targets): rows[:len(objects)] = objects
     return torch.stack(images), padded
 
-# %% ../nbs/01a_data.ipynb #724deb9f
-def calibration_images(
-    detection_set:DetectionSet, # the train split
+# %% ../nbs/01a_data.ipynb #f61d8eba
+def sample_images(
+    detection_set:DetectionSet, # the split to take from
     size:tuple, # height and width of the network's input
     count:int=100, # images at most, spread evenly over the set
-)->np.ndarray: # uint8 (n, H, W, 3) RGB, letterboxed
-    "Images that set the ranges of INT8"
+)->torch.Tensor: # uint8 (n, 3, H, W) RGB, letterboxed
+    "Some images of a split as the network sees them"
     chosen = np.unique(np.linspace(0, len(detection_set) - 1, min(count, len(detection_set))).astype(int))
-    return np.stack([letterbox(detection_set.read(int(i)), size)[0] for i in chosen])
+    images = np.stack([letterbox(detection_set.read(int(i)), size)[0] for i in chosen])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['design_table', 'plot_design']
 
-# %% ../nbs/04d_design.ipynb #e5c6daa7
+# %% ../nbs/04d_design.ipynb #72685b7d
 import warnings
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,10 +18,10 @@ from tqdm.auto import tqdm
 
 from .compare import export_published
 from .latency import layer_ms
-from .model import CONFIGS, YOLOv9001, count_parameters, export_onnx, layer_costs
+from .model import CONFIGS, YOLOv9001, export_onnx
 from .rk3588_bench import bench, toolkit_version
 
-# %% ../nbs/04d_design.ipynb #bad355b8
+# %% ../nbs/04d_design.ipynb #a726467e
 def design_table(
     names:list, # keys of `CONFIGS`
     size:tuple=(640, 640), # height and width of the input
@@ -31,20 +32,21 @@ def design_table(
     with TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter('ignore')
         for name in tqdm(names, desc='compile'):
-            model = YOLOv9001(classes, name).deploy()
-            path = export_onnx(model, Path(folder)/f'{name}.onnx', [str(i) for i in range(classes)], size)
-            rows[name] = _costs(bench(path)) | dict(gmacs=layer_costs(model, size).macs.sum()/1e9, params=count_parameters(model)/1e6)
-        rows['yolov6n'] = _costs(bench(export_published('yolov6n', Path(folder)/'yolov6n.onnx'))) | dict(gmacs=5.7, params=4.65)
+            path = export_onnx(YOLOv9001(classes, name), Path(folder)/f'{name}.onnx', [str(i) for i in range(classes)], size)
+            rows[name] = _costs(bench(path))
+        rows['yolov6n'] = _costs(bench(export_published('yolov6n', Path(folder)/'yolov6n.onnx')))
     table = pd.DataFrame(rows).T
     return table.assign(to_yolov6n=table.ms/table.ms['yolov6n'])
 
-# %% ../nbs/04d_design.ipynb #f6870f12
+# %% ../nbs/04d_design.ipynb #1bd01f6d
 def _costs(compiled):
     "Estimated milliseconds in all and by cause, without the class sums that only YOLOv6-N's file has"
     layers = compiled.layers[~compiled.layers.output_shape.str.match(r'\(1,1,')]
     parts, metrics = layer_ms(layers), compiled.metrics()
+    weights = layers.input_shapes[layers.operator.str.startswith('Conv')].str.extract(r'\),\(([\d,]+)\)')[0].dropna().map(lambda text: prod(map(int, text.split(','))))
+    pixels = layers.output_shape[weights.index].map(lambda text: prod(int(side) for side in text.strip('()').split(',')[2:]))
     return dict(ms=parts.to_numpy().sum()) | parts.sum().to_dict() | dict(
-        layers=len(layers), cpu_layers=metrics['cpu_layers'], float_layers=metrics['float_layers'])
+        gmacs=(weights*pixels).sum()/1e9, params=weights.sum()/1e6, layers=len(layers), cpu_layers=metrics['cpu_layers'], float_layers=metrics['float_layers'])
 
 # %% ../nbs/04d_design.ipynb #a3790924
 def plot_design(
