@@ -29,7 +29,7 @@ from .core import InputError, write_json, write_whole
 from .data import DetectionSet
 from .evaluate import Detections, Evaluation, draw_detections, from_results
 from .quantize import FIDELITY_IMAGES, plot_fidelity
-from .rk3588_bench import plot_layers
+from .latency import plot_layers
 
 # %% ../nbs/04b_report.ipynb #d792bdbf
 def save_evaluation(
