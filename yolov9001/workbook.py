@@ -280,7 +280,7 @@ def describe_knobs(
     for part in reversed(kind.__mro__[:-1]): told |= {name: text for name, text in docments(part).items() if text}
     return '\n'.join(f"  {f'{f.name}={f.default}':<24} {told.get(f.name, '')}" for f in fields(kind))
 
-# %% ../nbs/05_workbook.ipynb #5a1c3f01
+# %% ../nbs/05_workbook.ipynb #37f7ca0a
 def main(
     arguments:list=None, # words of the command line, those of the process if None
 )->int: # exit code: 0 done, 2 wrong input
@@ -294,6 +294,7 @@ def main(
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
         add_arguments(own, function)
     words = vars(parser.parse_args(arguments))
+    warnings.showwarning = lambda message, *_: print(f'yolov9001: {message}', file=sys.stderr)
     try: COMMANDS[words.pop('command')](**words)
     except InputError as error:
         print(f'yolov9001: {error}', file=sys.stderr)
