@@ -579,29 +579,32 @@ class TrainSet(Dataset):
 
 # %% ../nbs/01a_data.ipynb #611d7568
 class EpochSampler(Sampler):
-    "Yields keys (epoch, index) for `TrainSet`; set `epoch` before each pass"
+    "Yields batches of keys (epoch, index) for `TrainSet`; set `epoch`, and `start` to skip batches, before each pass"
     def __init__(self,
         length:int, # items of the set
+        batch_size:int=16, # items of all processes together
         seed:int=0, # of the order
-        shuffle:bool=True, # a new order each epoch
-        rank:int=0, # which of `world` processes this is
-        world:int=1, # processes that share an epoch; the first items repeat to make their shares equal
+        rank:int=0, # which of `world` processes this is; it gets every `world`-th item of each batch
+        world:int=1, # processes that share each batch, evenly to one item; a share of a last small batch may be empty
     ):
-        self.length, self.seed, self.shuffle, self.rank, self.world, self.epoch = length, seed, shuffle, rank, world, 0
+        self.length, self.batch_size, self.seed, self.rank, self.world = length, batch_size, seed, rank, world
+        self.epoch = self.start = 0
 
-    def __len__(self): return -(-self.length//self.world)
+    def __len__(self): return -(-self.length//self.batch_size) - self.start
 
     def __iter__(self):
-        order = np.arange(self.length)
-        if self.shuffle: np.random.default_rng((self.seed, self.epoch)).shuffle(order)
-        order = np.resize(order, len(self)*self.world)
-        yield from ((self.epoch, index) for index in order[self.rank::self.world].tolist())
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length).tolist()
+        for start in range(self.start*self.batch_size, self.length, self.batch_size):
+            batch = order[start:start + self.batch_size]
+            yield [(self.epoch, index) for index in batch[self.rank::self.world]]
 
 # %% ../nbs/01a_data.ipynb #16f01834
 def collate(
     batch:list, # of (image, targets) from `TrainSet`
+    size:tuple=(0, 0), # (height, width) of a batch without items
 )->tuple: # uint8 (B, 3, H, W), float32 (B, M, 5) with M at least 1, filled up with -1
     "Stack items into a batch"
+    if not batch: return torch.zeros(0, 3, *size, dtype=torch.uint8), torch.zeros(0, 1, 5)
     images, targets = zip(*batch)
     padded = torch.full((len(batch), max(1, *map(len, targets)), 5), -1.)
     for rows, objects in zip(padded, targets): rows[:len(objects)] = objects

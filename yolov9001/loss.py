@@ -7,6 +7,7 @@ __all__ = ['BOX_RANGE', 'distances', 'distances_to_code', 'anchor_points', 'flat
            'Assignment', 'TaskAlignedAssigner', 'DetectionLoss', 'DualLoss']
 
 # %% ../nbs/01b_loss.ipynb #0d3509c0
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -121,7 +122,10 @@ class DetectionLoss:
         box_gain:float=7.5, # weight of the box loss
         class_gain:float=.5, # weight of the class loss
         assigner:TaskAlignedAssigner|None=None, # `TaskAlignedAssigner()` if None
-    ): self.strides, self.box_gain, self.class_gain, self.assigner = strides, box_gain, class_gain, assigner or TaskAlignedAssigner()
+        total:Callable=lambda score: score, # sum of this process's scores -> that of all processes which share the batch
+    ):
+        self.strides, self.box_gain, self.class_gain, self.total = strides, box_gain, class_gain, total
+        self.assigner = assigner or TaskAlignedAssigner()
 
     def __call__(self,
         logits:list[Tensor], # six tensors (B, 4 or C, H, W): box and class of each level, before the sigmoid
@@ -135,7 +139,7 @@ class DetectionLoss:
         wanted = targets.gather(1, index[..., None].expand(-1, -1, 5))[foreground]
         soft = torch.zeros_like(classes)
         soft[(*foreground.nonzero(as_tuple=True), wanted[:, 0].long())] = score[foreground]
-        total = score.sum().clamp(min=1)
+        total = self.total(score.sum()).clamp(min=1)
         class_loss = F.binary_cross_entropy_with_logits(classes, soft, reduction='sum') / total
         box_loss = (complete_box_iou_loss(boxes[foreground], wanted[:, 1:]) * score[foreground]).sum() / total
         return self.box_gain * box_loss, self.class_gain * class_loss

@@ -8,9 +8,10 @@ __all__ = ['WEIGHT_LEVEL', 'CALIBRATIONS', 'FIDELITY_IMAGES', 'Quantizer', 'Quan
            'plot_fidelity', 'export_qdq', 'DistilledLoss', 'output_distance', 'Student', 'QuantizedTrainer',
            'QuantConfig', 'finetune_config', 'finetune', 'code_differences']
 
-# %% ../nbs/03_quantize.ipynb #166ddcc3
+# %% ../nbs/03_quantize.ipynb #8c21963c
 import copy
 import operator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -342,33 +343,35 @@ def export_qdq(
     twin = copy.deepcopy(twin).cpu().eval()
     return write_onnx(twin, path, metadata, size, lambda file: _integer_weights(file, twin))
 
-# %% ../nbs/03_quantize.ipynb #ddb7346c
+# %% ../nbs/03_quantize.ipynb #e517a4b4
 class DistilledLoss:
     "Detection loss plus the distance to the float model's outputs"
     def __init__(self,
         weight:float=1., # of the distance
-        **options, # those of `DualLoss`
-    ): self.weight, self.detection = weight, DualLoss(**options)
+        total:Callable=lambda score: score, # sum of this process's scores -> that of all processes which share the batch
+    ): self.weight, self.total, self.detection = weight, total, DualLoss(total=total)
 
     def __call__(self,
         outputs:list[Tensor], # logits of the twin, then those of the float model, six each
         targets:Tensor, # (B, M, 5): class, `xyxy` in pixels; class -1 is padding
     )->tuple[Tensor, dict]: # the loss to minimise; its parts by name
         loss, parts = self.detection(outputs[:6], targets)
-        distance = self.weight * output_distance(outputs[:6], outputs[6:])
+        distance = self.weight * output_distance(outputs[:6], outputs[6:], self.total)
         return loss + distance, parts | {'distance': distance.item()}
 
 def output_distance(
     outputs:list[Tensor], # six tensors of logits
     wanted:list[Tensor], # the same of the float model
+    total:Callable=lambda score: score, # as in `DistilledLoss`
 )->Tensor: # scalar
     "Squared difference of codes and scores, each cell weighted by how much the float model sees there"
-    total = 0.
+    distance, seen = 0., 0.
     for box, classes, wanted_box, wanted_classes in zip(outputs[0::2], outputs[1::2], wanted[0::2], wanted[1::2]):
         scores = wanted_classes.sigmoid()
         weight = scores.amax(1, keepdim=True)
-        total = total + ((classes.sigmoid() - scores)**2).sum() + (weight * (box.sigmoid() - wanted_box.sigmoid())**2).sum()
-    return total / sum(level.sigmoid().amax(1).sum() for level in wanted[1::2]).clamp(min=1)
+        distance = distance + ((classes.sigmoid() - scores)**2).sum() + (weight * (box.sigmoid() - wanted_box.sigmoid())**2).sum()
+        seen = seen + weight.sum()
+    return distance / total(seen).clamp(min=1)
 
 # %% ../nbs/03_quantize.ipynb #af0cc42f
 class Student(nn.Module):
@@ -386,7 +389,7 @@ class Student(nn.Module):
         "What is evaluated and exported"
         return copy.deepcopy(self.twin).eval()
 
-# %% ../nbs/03_quantize.ipynb #b8731696
+# %% ../nbs/03_quantize.ipynb #ce34978a
 class QuantizedTrainer(Trainer):
     "Quantization-aware training from a float model"
     format = 'yolov9001-int8'
@@ -399,7 +402,7 @@ class QuantizedTrainer(Trainer):
     ):
         self.student = Student(twin, model)
         super().__init__(config)
-        self.loss = DistilledLoss(distillation)
+        self.loss = DistilledLoss(distillation, self.world.total)
 
     def build(self): return self.student
 

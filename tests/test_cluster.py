@@ -1,0 +1,150 @@
+"Training on several processes and hosts, through what may happen to them: real processes, hosts are network namespaces."
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+
+from yolov9001.data import make_digits
+from yolov9001.train import TrainConfig, Trainer, load_model, progress
+
+PROGRAM = Path(sys.executable).with_name('yolov9001')
+TINY = dict(input_size='64', batch_size=8, device='cpu', precision='float32', auxiliary_weight=0, evaluate_every=100, sync_batchnorm='no', mosaic=0)
+
+EPOCHS = 40  # of the training that loses a host
+
+
+def words(data, out, *more, **settings):
+    "The command line of a tiny training"
+    settings = [word for name, value in (TINY | settings).items() for word in ('-p', f'{name}={value}')]
+    return [str(word) for word in (PROGRAM, 'train', '--data', data, '--out', out, *settings, *more)]
+
+
+def wait_for(condition, seconds=400):
+    "Wait until something is so; fail if it never is"
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, 'waited in vain'
+        time.sleep(.2)
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory): return make_digits(tmp_path_factory.mktemp('digits')/'digits', train=20, val=4)
+
+
+@pytest.fixture
+def start():
+    "Starts commands; what still runs at the end is killed"
+    started = []
+    def begin(command, log):
+        with open(log, 'ab') as file: started.append(subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | {'OMP_NUM_THREADS': '1'}))
+        return started[-1]
+    yield begin
+    for process in started:
+        if process.poll() is None: kill_all(process)
+
+
+def kill_all(process):
+    "SIGKILL a command and all that it started, at once, as if its host lost power"
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family: member.suspend()
+    for member in family: member.kill()
+    process.wait()
+
+
+def test_two_devices_of_one_host(digits, tmp_path, start):
+    "One command, two processes, one writer; a last small batch that not all have a part in"
+    log = tmp_path/'log'
+    assert start(words(digits, tmp_path/'run', '--devices', '2', epochs=2, batch_size=19), log).wait() == 0, log.read_text()
+    told = log.read_text()
+    assert len(pd.read_csv(tmp_path/'run'/'history.csv')) == 2
+    assert told.count('wrote') == 1 and '[rank 0] epoch 2' in told and '[rank 1] epoch' not in told
+    assert {'best.pt', 'last.pt', 'model.onnx', 'metrics.json', 'config.yaml'} <= {path.name for path in (tmp_path/'run').iterdir()}
+
+
+def test_sigterm_writes_a_checkpoint(digits, tmp_path, start):
+    "In the middle of an epoch; the resumed run ends with the weights of an undisturbed one"
+    stopped, whole = tmp_path/'stopped', tmp_path/'whole'
+    process = start(words(digits, stopped, epochs=2, save_every=1, batch_size=2), tmp_path/'log')
+    wait_for(lambda: progress(stopped/'last.pt') >= (0, 1))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(400) == 0 and 'go on with --resume' in (tmp_path/'log').read_text()
+    epoch, batch = progress(stopped/'last.pt')
+    assert 0 < 10 * epoch + batch < 20
+    for out, more in ((stopped, ['--resume']), (whole, [])):
+        assert start(words(digits, out, *more, epochs=2, save_every=1, batch_size=2), tmp_path/'log').wait() == 0
+    weights = [load_model(out/'last.pt')[0].state_dict() for out in (stopped, whole)]
+    assert all(a.equal(b) for a, b in zip(*(w.values() for w in weights)))
+
+
+def test_sigterm_to_several_processes(digits, tmp_path, start):
+    "The launcher passes it on; all stop at the same step"
+    out = tmp_path/'run'
+    process = start(words(digits, out, '--devices', '2', epochs=500, save_every=1), tmp_path/'log')
+    wait_for(lambda: progress(out/'last.pt') >= (0, 1))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(400) == 0, (tmp_path/'log').read_text()
+    assert 'last.pt is whole' in (tmp_path/'log').read_text() and progress(out/'last.pt') < (500, 0)
+
+
+def test_full_disk_keeps_the_checkpoint(digits, tmp_path):
+    "A file that may not grow stands for a disk that is full"
+    import resource
+    config = TrainConfig(data=str(digits), out=str(tmp_path/'run'), epochs=1, **TINY)
+    trainer = Trainer(config)
+    trainer.save_state()
+    before, limits = (tmp_path/'run'/'last.pt').read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(Exception, match='make room'): trainer.save_state()
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path/'run'/'last.pt').read_bytes() == before
+    assert [path.name for path in (tmp_path/'run').iterdir() if path.name.startswith('.')] == []
+
+
+@pytest.fixture
+def hosts(request):
+    "Two network namespaces joined by a bridge, as (command prefix, address)"
+    if os.geteuid() != 0 or not shutil.which('ip'): pytest.skip('network namespaces need root and iproute2')
+    run = lambda line: subprocess.run(line.split(), check=True, capture_output=True, text=True)
+    tag = f'y{os.getpid() % 10000}'
+    try: run(f'ip link add {tag}br type bridge')
+    except subprocess.CalledProcessError as error: pytest.skip(f'network namespaces are not allowed here: {error.stderr.strip()}')
+    run(f'ip link set {tag}br up')
+    for i in (1, 2):
+        for line in (f'ip netns add {tag}h{i}', f'ip link add {tag}v{i} type veth peer name eth0 netns {tag}h{i}', f'ip link set {tag}v{i} master {tag}br',
+                     f'ip link set {tag}v{i} up', f'ip -n {tag}h{i} addr add 10.99.0.1{i}/24 dev eth0', f'ip -n {tag}h{i} link set eth0 up', f'ip -n {tag}h{i} link set lo up'): run(line)
+    yield [(['ip', 'netns', 'exec', f'{tag}h{i}'], f'10.99.0.1{i}') for i in (1, 2)]
+    for i in (1, 2): run(f'ip netns del {tag}h{i}')
+    run(f'ip link del {tag}br')
+
+
+def test_a_host_dies_and_returns(digits, tmp_path, start, hosts):
+    "Two hosts train, one is killed, the other goes on, the killed one returns with its old checkpoint, both finish"
+    outs, logs = [tmp_path/f'host{i}' for i in (1, 2)], [tmp_path/f'log{i}' for i in (1, 2)]
+    def begin(i):
+        enter, address = hosts[i]
+        return start([*enter, *words(digits, outs[i], '--hosts', '10.99.0.11,10.99.0.12', '--address', address, '--devices', '1', epochs=EPOCHS)], logs[i])
+    told = lambda i: logs[i].read_text() if logs[i].exists() else ''
+    done = lambda i: progress(outs[i]/'last.pt')[0]
+    first, second = begin(0), begin(1)
+    wait_for(lambda: min(done(0), done(1)) >= 2)
+    kill_all(second)
+    killed = done(1)
+    wait_for(lambda: done(0) >= killed + 3)
+    assert done(1) == killed
+    second = begin(1)
+    wait_for(lambda: done(1) > killed)
+    assert first.wait(400) == 0 and second.wait(400) == 0, told(0) + told(1)
+    one, two = (load_model(out/'last.pt') for out in outs)
+    assert one[1]['epoch'] == two[1]['epoch'] == EPOCHS
+    assert all(a.equal(b) for a, b in zip(one[0].state_dict().values(), two[0].state_dict().values()))
+    history = pd.read_csv(outs[0]/'history.csv')
+    assert history.epoch.tolist() == list(range(1, EPOCHS + 1)) and history['class'].iloc[-1] < history['class'].iloc[0]
+
