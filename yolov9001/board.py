@@ -135,7 +135,16 @@ def read_frames(
         image = cv2.imread(str(file))
         if image is not None: yield file.name, cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
-# %% ../nbs/04c_board.ipynb #5558d9b7
+# %% ../nbs/04c_board.ipynb #936e2aff
+def _process(runtime, fitter, image, limits):
+    "One frame through prepare, run and decode: what was found, and when each stage ended"
+    canvas, marks = fitter.fit(image), [time.perf_counter()]
+    outputs = runtime.run(canvas)
+    marks.append(time.perf_counter())
+    boxes, scores, classes = decode(outputs, *limits)
+    return (fitter.undo(boxes), scores, classes), [*marks, time.perf_counter()]
+
+# %% ../nbs/04c_board.ipynb #b870f9c3
 STAGES = ('read', 'prepare', 'run', 'decode')
 
 class Pipeline:
@@ -171,20 +180,11 @@ class Pipeline:
                     marks = [time.perf_counter()]
                     if (frame := next(frames, None)) is None: return
                     marks.append(time.perf_counter())
-                self._process(runtime, fitter, *frame, marks)
+                number, (name, image) = frame
+                found, later = _process(runtime, fitter, image, self.limits)
+                self.results[number] = name, found
+                self.times.append(np.diff(marks + later))
         except Exception as error: self.errors.append(error)
-
-    def _process(self, runtime, fitter, number, frame, marks):
-        "One frame through prepare, run and decode"
-        name, image = frame
-        canvas = fitter.fit(image)
-        marks.append(time.perf_counter())
-        outputs = runtime.run(canvas)
-        marks.append(time.perf_counter())
-        boxes, scores, classes = decode(outputs, *self.limits)
-        self.results[number] = name, (fitter.undo(boxes), scores, classes)
-        marks.append(time.perf_counter())
-        self.times.append(np.diff(marks))
 
 # %% ../nbs/04c_board.ipynb #3fcd278e
 def latency(

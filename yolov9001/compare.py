@@ -7,7 +7,7 @@ __all__ = ['PEERS', 'ultralytics_version', 'export_peer', 'peer_distances', 'pee
            'measure_published', 'write_yolo', 'train_peer', 'float_predictor', 'measure', 'Budget', 'resolve_decode',
            'obtain', 'compare_one', 'read_rows', 'summarize', 'plot_comparison', 'check_comparison', 'compare']
 
-# %% ../nbs/04a_compare.ipynb #f2b3b33e
+# %% ../nbs/04a_compare.ipynb #01d297ac
 import json
 import os
 import shutil
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
@@ -475,7 +475,7 @@ def summarize(
         estimated_ms=('estimated_ms', 'mean'), params=('params', 'first'), ours=('ours', 'first'), cpu_layers=('cpu_layers', 'max'))
     return table.sort_values('int8', ascending=False)
 
-# %% ../nbs/04a_compare.ipynb #da11cabf
+# %% ../nbs/04a_compare.ipynb #52bac4e3
 def plot_comparison(
     rows:pd.DataFrame, # from `read_rows`
 )->plt.Figure:
@@ -488,8 +488,8 @@ def plot_comparison(
             axis.scatter(x, r[kind], s=130 if r.ours else 50, marker=mark, facecolor=face, edgecolor=colour, zorder=3)
         axis.annotate(f'{name} ({r.seeds})', (r.estimated_ms, r.int8), xytext=(10, -3), textcoords='offset points', color=colour)
     first = rows.iloc[0]
-    axis.set(xlabel='estimated ms, one RK3588 core', ylabel='AP50-95', title=f'{Path(first.data).stem}, {first.input_size} pixels, {first.epochs} epochs: '
-             'float hollow, INT8 filled (seeds)' if 'data' in rows else 'float hollow, INT8 filled (seeds)')
+    budget = f'{Path(first.data).stem}, {first.input_size} pixels, epochs: {first.epochs}; ' if 'data' in rows else ''
+    axis.set(xlabel='estimated ms, one RK3588 core', ylabel='AP50-95', title=f'{budget}float hollow, INT8 filled (seeds)')
     axis.margins(x=.2); sns.despine(ax=axis)
     return figure
 
