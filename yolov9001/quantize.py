@@ -97,15 +97,16 @@ def _trace(model):
         trunk.set_submodule(name, quantized)
     return fx.GraphModule(trunk, _Tracer().trace(trunk))
 
-# %% ../nbs/03_quantize.ipynb #c877ccef
+# %% ../nbs/03_quantize.ipynb #b8c32a06
 _KINDS = {operator.add: 'add', torch.cat: 'concat', F.relu: 'relu',
           F.interpolate: 'same', F.avg_pool2d: 'same', F.max_pool2d: 'same'}
+_MODULES = {QuantConv2d: 'conv', nn.ReLU: 'relu', Quantizer: 'levels'}
 
 def _kind(graph, node):
     "images, conv, relu, add, concat, output, or `same` for what keeps the levels of its input"
-    if node.op == 'call_module': return 'conv' if isinstance(graph.get_submodule(node.target), nn.Conv2d) else 'relu'
+    if node.op == 'call_module': return _MODULES[type(graph.get_submodule(node.target))]
     if node.op in ('placeholder', 'output'): return 'images' if node.op == 'placeholder' else 'output'
-    return _KINDS[node.target]
+    return _KINDS.get(node.target, '')
 
 # %% ../nbs/03_quantize.ipynb #14eaf9eb
 def stored_tensors(
@@ -124,14 +125,14 @@ def stored_tensors(
             owner |= {other: owner[node] for other, name in owner.items() if name in parts}
     return owner
 
-# %% ../nbs/03_quantize.ipynb #1b7ecb93
+# %% ../nbs/03_quantize.ipynb #d1258202
 def register_tensors(
     graph:fx.GraphModule, # of the deployed model
 )->list: # of nodes
     "Tensors that need a range in the file and no rounding in the twin"
     def unstored(node):
         kind, users = _kind(graph, node), {_kind(graph, user) for user in node.users}
-        return kind == 'conv' and users & {'add', 'output'} or kind == 'add' and 'relu' in users
+        return users & {'add', 'output'} if kind == 'conv' else kind == 'add' and 'relu' in users
     return [node for node in graph.graph.nodes if unstored(node)]
 
 # %% ../nbs/03_quantize.ipynb #9612b5e2
@@ -299,15 +300,15 @@ def weight_ranges(
     rows = [(name, *(WEIGHT_LEVEL * conv.weight_scale().quantile(torch.tensor([0, .5, 1.]))).tolist()) for name, conv in convs.items()]
     return pd.DataFrame(rows, columns=['name', 'least', 'median', 'largest'])
 
-# %% ../nbs/03_quantize.ipynb #8003af6f
+# %% ../nbs/03_quantize.ipynb #2904a660
 def plot_fidelity(
     table:pd.DataFrame, # from `fidelity`
     spread:pd.DataFrame, # from `weight_ranges`
 )->plt.Figure:
     "Signal-to-noise ratio along the network, ranges of activations, ranges of weights"
     figure, (top, left, right) = plt.subplots(3, 1, figsize=(9, 7), layout='constrained')
-    sns.lineplot(table, x=table.index, y='snr_db', marker='o', ax=top)
-    top.set(xlabel='stored tensor, from the pixels to the heads', ylabel='signal to noise in dB')
+    sns.lineplot(table.iloc[1:], x=table.index[1:], y='snr_db', marker='o', ax=top)
+    top.set(xlabel='stored tensor, from the stem to the heads', ylabel='signal to noise in dB', ylim=(0, None))
     ranges = table.iloc[1:].melt(['name', 'snr_db'], ['high', 'largest'], 'end', 'value', ignore_index=False)
     sns.lineplot(ranges, x=ranges.index, y='value', hue='end', ax=left)
     left.set(yscale='log', xlabel='stored tensor', ylabel='activations: range and largest value')
@@ -332,7 +333,21 @@ def _integer_weights(file, twin):
         graph.node.insert(0, onnx.helper.make_node('DequantizeLinear', inputs, [name], f'{name}_dequantize', axis=0))
     return file
 
-# %% ../nbs/03_quantize.ipynb #5252ce1f
+# %% ../nbs/03_quantize.ipynb #3a91a26e
+_OPERATORS = {operator.add: 'Add', torch.cat: 'Concat', F.interpolate: 'Resize', F.avg_pool2d: 'AveragePool', F.max_pool2d: 'MaxPool'}
+
+def _name_nodes(file, twin):
+    "Name the nodes of an `onnx.ModelProto` after the modules that they belong to"
+    places = {}
+    for node in twin.graph.graph.nodes:
+        kind = _OPERATORS.get(node.target) or dict(conv='Conv', relu='Relu').get(_kind(twin.graph, node))
+        if kind: places.setdefault(kind, []).append(list(node.meta['nn_module_stack'])[-1].replace('.', '/'))
+    for kind, paths in places.items():
+        nodes = [node for node in file.graph.node if node.op_type == kind]
+        for i, (node, path) in enumerate(zip(nodes, paths, strict=True)): node.name = f'/{path}/{kind}_{i}'
+    return file
+
+# %% ../nbs/03_quantize.ipynb #bf8672e9
 def export_qdq(
     twin:Twin, # calibrated
     path:str|Path, # of the file to write
@@ -341,7 +356,7 @@ def export_qdq(
 )->Path: # `path`
     "Write the twin as QDQ ONNX, with the outputs and the metadata of the float file"
     twin = copy.deepcopy(twin).cpu().eval()
-    return write_onnx(twin, path, metadata, size, lambda file: _integer_weights(file, twin))
+    return write_onnx(twin, path, metadata, size, lambda file: _integer_weights(_name_nodes(file, twin), twin))
 
 # %% ../nbs/03_quantize.ipynb #e517a4b4
 class DistilledLoss:
