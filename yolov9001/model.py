@@ -108,7 +108,7 @@ class BottomUp(nn.Module):
         p4 = self.aggregate4(self.down4(n3) + self.lateral4(n4))
         return n3, p4, self.aggregate5(self.down5(p4) + self.lateral5(n5))
 
-# %% ../nbs/01_model.ipynb #5c9623de
+# %% ../nbs/01_model.ipynb #05f7a554
 class Head(nn.Module):
     "Box code and class logits of each level, two separate towers (decoupled head, YOLOv6)"
     def __init__(self,
@@ -122,12 +122,13 @@ class Head(nn.Module):
             nn.init.normal_(last.weight, std=.01); nn.init.constant_(last.bias, start)
             return nn.Sequential(*[QARepVGGBlockV2(c, c) for _ in range(depth)], last)
         self.box = nn.ModuleList(tower(c, 4, log(2 / 4)) for c in channels)
-        self.classes = nn.ModuleList(tower(c, num_classes, log(5 / num_classes / (640 / s)**2)) for c, s in zip(channels, (8, 16, 32)))
+        rare = [log(5 / num_classes / (640 / stride)**2) for stride in (8, 16, 32)]
+        self.classes = nn.ModuleList(tower(c, num_classes, start) for c, start in zip(channels, rare))
 
     def forward(self, maps):
         return [tower(x) for x, *towers in zip(maps, self.box, self.classes) for tower in towers]
 
-# %% ../nbs/01_model.ipynb #60315c44
+# %% ../nbs/01_model.ipynb #c624c834
 class YOLOv9001(nn.Module):
     "The detector: `train()` mode gives 12 logits (6 main, 6 auxiliary), `eval()` mode the 6 main outputs after the sigmoid"
     strides = (8, 16, 32)
@@ -143,13 +144,14 @@ class YOLOv9001(nn.Module):
         self.pixel_scale = 255.
         self.backbone, self.top_down, self.bottom_up = Backbone(widths), TopDown(widths), BottomUp(widths)
         self.head = Head(widths.neck, num_classes, widths.head_depth)
-        self.auxiliary = nn.ModuleList([TopDown(widths), Head((widths.neck[0], *widths.widths[1:2] * 2), num_classes, widths.head_depth)])
+        channels = widths.neck[0], widths.widths[1], widths.widths[1]
+        self.auxiliary = nn.ModuleList([TopDown(widths), Head(channels, num_classes, widths.head_depth)])
         for bn in self.modules():
             if isinstance(bn, nn.BatchNorm2d): bn.eps, bn.momentum = 1e-3, .03
 
     def forward(self,
         images:Tensor, # (B, 3, H, W) RGB pixels 0..255, float or uint8; H and W multiples of 32
-    )->list[Tensor]: # box_8, cls_8, box_16, cls_16, box_32, cls_32: (B, 4 or C, H/s, W/s); while training the auxiliary six behind them
+    )->list[Tensor]: # box_8, cls_8, box_16, cls_16, box_32, cls_32: (B, 4 or C, H/s, W/s); in training the auxiliary six too
         images = images if images.is_floating_point() else images.float()
         maps = self.backbone(images / self.pixel_scale if self.pixel_scale != 1 else images)
         outputs = self.head(self.bottom_up(*self.top_down(*maps)))
@@ -199,17 +201,19 @@ def count_parameters(
     "Number of parameters"
     return sum(p.numel() for p in module.parameters())
 
-# %% ../nbs/01_model.ipynb #8c5e6764
+# %% ../nbs/01_model.ipynb #b8826306
 def model_table(
     model:YOLOv9001, # in training or deployed form
     size:tuple=(640, 640), # height and width of the input, multiples of 32
 )->pd.DataFrame: # one row a block with a row `total` at the end
     "Output shape, parameters, MACs and estimated NPU cycles of each block of the deployed model"
     costs = layer_costs(model, size)
-    costs['block'] = costs.name.str.split('.').str[:3].str.join('.').str.replace(r'\.(conv|reduce|join|entry|shortcut|stage[12]|[01])$', '', regex=True)
+    within = r'\.(conv|reduce|join|entry|shortcut|stage[12]|[01])$'
+    costs['block'] = costs.name.str.split('.').str[:3].str.join('.').str.replace(within, '', regex=True)
     costs['output'] = costs.channels.astype(str) + 'x' + costs.height.astype(str) + 'x' + costs.width.astype(str)
-    table = costs.groupby('block', sort=False).agg(output=('output', 'last'), parameters=('parameters', 'sum'), macs=('macs', 'sum'), npu_cycles=('npu_cycles', 'sum'))
-    table.loc['total'] = ['', *table[['parameters', 'macs', 'npu_cycles']].sum()]
+    sums = ['parameters', 'macs', 'npu_cycles']
+    table = costs.groupby('block', sort=False).agg(dict(output='last') | dict.fromkeys(sums, 'sum'))
+    table.loc['total'] = ['', *table[sums].sum()]
     return table
 
 # %% ../nbs/01_model.ipynb #bde5f49f
