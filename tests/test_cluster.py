@@ -17,7 +17,7 @@ from yolov9001.train import TrainConfig, Trainer, load_model, progress
 PROGRAM = Path(sys.executable).with_name('yolov9001')
 TINY = dict(input_size='64', batch_size=8, device='cpu', precision='float32', auxiliary_weight=0, evaluate_every=100, sync_batchnorm='no', mosaic=0)
 
-EPOCHS = 40  # of the training that loses a host
+EPOCHS = 25  # of the training that loses a host
 
 
 def words(data, out, *more, **settings):
@@ -84,13 +84,20 @@ def test_sigterm_writes_a_checkpoint(digits, tmp_path, start):
 
 
 def test_sigterm_to_several_processes(digits, tmp_path, start):
-    "The launcher passes it on; all stop at the same step"
-    out = tmp_path/'run'
-    process = start(words(digits, out, '--devices', '2', epochs=500, save_every=1), tmp_path/'log')
+    "The launcher passes it on, all stop at the same step; resumed, a process that dies is replaced"
+    out, log = tmp_path/'run', tmp_path/'log'
+    begin = lambda *more: start(words(digits, out, '--devices', '2', *more, epochs=12, save_every=1), log)
+    process = begin()
     wait_for(lambda: progress(out/'last.pt') >= (0, 1))
     process.send_signal(signal.SIGTERM)
-    assert process.wait(400) == 0, (tmp_path/'log').read_text()
-    assert 'last.pt is whole' in (tmp_path/'log').read_text() and progress(out/'last.pt') < (500, 0)
+    stopped = progress(out/'last.pt')
+    assert process.wait(400) == 0, log.read_text()
+    assert 'last.pt is whole' in log.read_text() and progress(out/'last.pt') < (12, 0)
+    process = begin('--resume')
+    wait_for(lambda: progress(out/'last.pt') > stopped)
+    [child for child in psutil.Process(process.pid).children(recursive=True) if '--resume' in child.cmdline()][-1].kill()
+    assert process.wait(400) == 0, log.read_text()
+    assert pd.read_csv(out/'history.csv').epoch.tolist() == list(range(1, 13))
 
 
 def test_full_disk_keeps_the_checkpoint(digits, tmp_path):

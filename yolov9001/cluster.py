@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REFERENCE_BATCH', 'Plan', 'count_devices', 'own_addresses', 'make_plan', 'torchrun_words', 'torchrun_environment',
            'survive', 'launch', 'describe_device', 'require_one_type', 'bytes_per_image', 'free_bytes', 'fitting_batch',
-           'scaled_rate', 'agree', 'begun', 'negotiate']
+           'scaled_rate', 'agree', 'begun', 'negotiate', 'projected_efficiency']
 
 # %% ../nbs/02a_cluster.ipynb #203b3ea9
 import math
@@ -224,3 +224,18 @@ def negotiate(
     free = free_bytes(world.device, world.gather(host).count(host))
     fits = fitting_batch(free, bytes_per_image(model, parse_size(config.input_size), world.device), 6 * weights)
     return agree(begun(config, world), world.gather(fits))
+
+# %% ../nbs/02a_cluster.ipynb #10b7d12c
+def projected_efficiency(
+    step:float, # seconds of a step on one device, computation alone
+    gradient_bytes:float, # 4 a parameter in float32, 2 in bfloat16
+    hosts:int, # joined by the network; devices in a host exchange among themselves for free
+    network:float, # bits a second of each host
+    hidden:float=.5, # part of the step during which the exchange costs nothing: the backward pass behind the first bucket
+    usable:float=.7, # part of the network's bandwidth that a ring reaches
+    latency:float=50e-6, # seconds of each of the 2 (hosts - 1) rounds
+)->float: # 0..1, a calculation, not a measurement
+    "Efficiency of data-parallel training, if the exchange of gradients is all that it costs"
+    rounds = 2 * (hosts - 1)
+    exchange = rounds * (gradient_bytes / hosts / (usable * network / 8) + latency)
+    return step / (step + max(0., exchange - hidden * step))

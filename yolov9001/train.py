@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 import uuid
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -343,8 +344,10 @@ def parallelize(self:Trainer):
     if self.world.size == 1: return
     if synchronized: self.model = synchronize_batchnorm(self.model, self.device)
     else: self.own_batchnorms = [module for module in self.model.modules() if isinstance(module, nn.BatchNorm2d)]
-    self.parallel = DistributedDataParallel(self.model, [self.device] if self.device.type == 'cuda' else None,
-                                            broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', FutureWarning)  # the option's new name is unknown to older versions
+        self.parallel = DistributedDataParallel(self.model, [self.device] if self.device.type == 'cuda' else None,
+                                                broadcast_buffers=False, gradient_as_bucket_view=True)
     if config.gradient_bits == 16: self.parallel.register_comm_hook(None, bf16_compress_hook)
 
 # %% ../nbs/02_train.ipynb #db8fbb1a
@@ -542,7 +545,7 @@ def resume(self:Trainer):
     self.ema.model.load_state_dict(checkpoint['weights'])
     self.model.load_state_dict(state['model'])
     self.optimizer.load_state_dict(state['optimizer'])
-    if self.world.rank < len(state['random']): torch.set_rng_state(state['random'][self.world.rank])
+    if self.world.rank < len(state['random']): torch.set_rng_state(state['random'][self.world.rank].clone())  # a view crashes it
     self.epoch, self.batch, self.sums, self.ema.updates = checkpoint['epoch'], state['batch'], state['sums'], state['updates']
     self.seconds, self.history, self.best = state['seconds'], state['history'], state['best']
 
