@@ -334,7 +334,7 @@ def mixed_outputs(
                      f'in INT8 its scores keep {levels} of 256 levels; split it into outputs of their own')
     return lines
 
-# %% ../nbs/04_rk3588_bench.ipynb #7671d628
+# %% ../nbs/04_rk3588_bench.ipynb #8c1c13ff
 def bench(
     onnx_path:str|Path,           # any ONNX detector with one image input of fixed size
     target:str='rk3588',          # one of `TARGETS`
@@ -345,10 +345,10 @@ def bench(
     onnx_file = read_onnx(onnx_path)
     noise = calibration is None and not onnx_file.quantized
     if noise: calibration = random_calibration(onnx_file)
-    if not onnx_file.quantized:
-        for line in mixed_outputs(onnx_path, calibration): warnings.warn(line, stacklevel=2)
     with TemporaryDirectory() as folder, Npu() as npu:
         compiled = npu.compile_onnx(onnx_path, rknn_path or Path(folder)/'model.rknn', target, calibration)
+    if not onnx_file.quantized:
+        for line in mixed_outputs(onnx_path, calibration): warnings.warn(line, stacklevel=2)
     return replace(compiled, calibration='random') if noise else compiled
 
 # %% ../nbs/04_rk3588_bench.ipynb #ae1dcbed
