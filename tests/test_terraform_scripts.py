@@ -202,7 +202,7 @@ def folder():
 
 
 @pytest.fixture(scope='module')
-def hosts():
+def hosts(folder): # which outlives them
     require('ip', 'nginx', 'screen', 'aria2c', 'ssh', 'sshd', 'curl', 'runuser')
     if os.geteuid(): pytest.skip('network namespaces need root')
     tag = f'y{os.getpid()}'
