@@ -1,15 +1,15 @@
-# make demo [DATA=folder] [OUT=folder]: the whole chain, from images to an INT8 model and its report
+# make demo [DATA=folder] [OUT=folder]: the whole chain, from images to an INT8 model and its report; again, it goes on where it was stopped
 # make test: notebooks and package agree, every notebook runs, whole-system tests
 PYTHON ?= python3.11
 BIN := .venv/bin
 DATA ?= digits
-OUT ?= runs/demo
+OUT ?= runs/demo-$(notdir $(patsubst %/,%,$(DATA)))
 # small images and little augmentation: legible digits within minutes on two cores
 DEMO := $(addprefix -p ,input_size=128x160 epochs=19 batch_size=8 lr=0.005 mosaic=0 scale=0.2 hue=0 saturation=0.3 value=0.3 flip=0 auxiliary_weight=0)
 
 .PHONY: demo test check-export clean
 demo: .venv/installed
-	$(BIN)/yolov9001 run --data $(DATA) --out $(OUT) --overwrite $(if $(filter digits,$(DATA)),$(DEMO))
+	$(BIN)/yolov9001 run --data $(DATA) --out $(OUT) --resume $(if $(filter digits,$(DATA)),$(DEMO))
 
 test: .venv/installed check-export
 	cd nbs && PATH="$(CURDIR)/$(BIN):$$PATH" ../$(BIN)/nbdev_test --n_workers 1 --timing
