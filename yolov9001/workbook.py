@@ -63,14 +63,15 @@ def check_config(
         raise InputError('rknn-toolkit2: not installed; pip install --no-deps rknn-toolkit2==2.5.0 (x86-64 Linux), '
                          'or stop after yolov9001 train')
 
-# %% ../nbs/05_workbook.ipynb #0559ba85
+# %% ../nbs/05_workbook.ipynb #34f9809c
 def update_metrics(
     folder:str|Path, # of the run
-    **values, # numbers by name
+    **values, # numbers by name, `None` for one that holds no longer
 )->dict: # all numbers of the run so far
     "Add numbers to `metrics.json`"
     path = Path(folder)/'metrics.json'
     metrics = (json.loads(path.read_text()) if path.exists() else {}) | values
+    metrics = {name: value for name, value in metrics.items() if value is not None}
     write_json(metrics, path)
     return metrics
 
@@ -141,7 +142,7 @@ def simulate(
                           codes_equal=shares.loc[0], codes_within_one=shares.loc[-1:1].sum(),
                           score_levels=len({row['score'] for row in result.detections}))
 
-# %% ../nbs/05_workbook.ipynb #831f6aaa
+# %% ../nbs/05_workbook.ipynb #af9993dc
 def quantize_stage(
     config:RunConfig, # of a run whose `best.pt` exists
     resume:bool=False, # continue an interrupted quantization-aware training
@@ -150,6 +151,9 @@ def quantize_stage(
     check_config(config)
     out, size, (train_split, val) = Path(config.out), parse_size(config.input_size), load_data(config)
     model, _ = load_model(out/'best.pt')
+    for name in ('int8_ptq', 'int8_qat'):                   # what an earlier quantization found
+        (out/f'evaluation_{name}.json').unlink(missing_ok=True)
+        update_metrics(out, **{f'map_{name}': None, f'map50_{name}': None})
     twin = Twin(model)
     calibrate(twin, sample_images(train_split, size, config.calibration_images), config.calibration)
     tables = dict(fidelity=fidelity(twin, sample_images(val, size, FIDELITY_IMAGES)), weight_ranges=weight_ranges(twin))
