@@ -246,24 +246,6 @@ SetEnv PATH={folder}/bin:/usr/sbin:/usr/bin:/sbin:/bin
     hosts.start('jump', '/usr/sbin/sshd', '-D', '-f', folder/'sshd_config')
 
 
-def make_venv(folder):
-    "An installed package as the scripts expect it; `yolov9001 train` of a version without many hosts trains on each host alone"
-    command = Path(sys.executable).parent/'yolov9001'
-    if 'hosts:str' in (REPO/'yolov9001'/'workbook.py').read_text(): return command.parents[1]
-    path = folder/'venv'/'bin'/'yolov9001'
-    path.parent.mkdir(parents=True)
-    path.write_text(f'''#!/bin/bash
-words=()
-while (($#)); do
-  case $1 in --hosts | --address | --devices) shift ;; *) words+=("$1") ;; esac
-  shift
-done
-exec {command} "${{words[@]}}"
-''')
-    path.chmod(0o755)
-    return path.parents[1]
-
-
 def as_text(names): return '\n'.join(f"{name}='{value}'" for name, value in names.items())
 
 
@@ -287,7 +269,7 @@ def start_server(hosts, folder, i, venv):
 @pytest.fixture(scope='module')
 def cluster(hosts, folder):
     "Prep over ssh, then both ML servers; the blob is corrupt until the first of them has noticed"
-    repo, jump, venv = make_repository(folder), folder/'jump', make_venv(folder)
+    repo, jump, venv = make_repository(folder), folder/'jump', Path(sys.executable).parents[1]
     start_sshd(hosts, folder)
     names = dict(NAME='test', REGION='us-east-1', ROOT=jump, ADDRESS=JUMP, NETWORK=NETWORK, DATA='runs/tiny', STALL_MINUTES=60, END=f'touch {folder}/jump_ended')
     pushed = subprocess.run(hosts.words('user', ['bash', repo/'terraform/scripts/push.sh', f'root@{JUMP}', 'runs/tiny']), capture_output=True, text=True, timeout=300,
