@@ -22,6 +22,6 @@ setup(
     packages=find_packages(include=['yolov9001', 'yolov9001.*']),
     python_requires='>=' + settings['min_python'],
     install_requires=settings['requirements'].split(),
-    extras_require={'dev': settings['dev_requirements'].split()},
+    extras_require={extra: settings[f'{extra}_requirements'].split() for extra in ('dev', 'compare')},
     entry_points={'console_scripts': settings['console_scripts'].split()},
 )

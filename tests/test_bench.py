@@ -1,13 +1,20 @@
 "The bench on whole files: a six-output detector, a QDQ file whose scales count, and what bad input gets"
+import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from yolov9001 import rk3588_bench
+from yolov9001 import board, rk3588_bench
 from yolov9001.core import InputError
-from yolov9001.rk3588_bench import Npu, bench, estimate_ms, parse_layer_table, read_onnx, toolkit_version
+from yolov9001.data import load_split, make_digits
+from yolov9001.evaluate import detect_all
+from yolov9001.latency import estimate_ms, parse_layer_table
+from yolov9001.rk3588_bench import Npu, bench, bench_board, read_onnx, toolkit_version
 
 needs_toolkit = pytest.mark.skipif(toolkit_version() is None, reason='rknn-toolkit2 is not installed')
 HEIGHT, WIDTH = 64, 96
@@ -158,3 +165,43 @@ def test_without_the_toolkit(detector, monkeypatch):
 def test_no_milliseconds_for_chips_that_nothing_was_fitted_on():
     assert set(estimate_ms(parse_layer_table(''), 'rk3566').values()) == {None}
     assert estimate_ms(parse_layer_table(''))['estimated_ms'] == 0
+
+
+class Simulated:
+    "The simulator in the place of a core of the board: `run` and `close`, one call at a time"
+    lock = threading.Lock()
+
+    def __init__(self, npu): self.npu = npu
+    def run(self, image):
+        with self.lock: return self.npu(image)
+    def close(self): pass
+
+
+@needs_toolkit
+def test_the_script_of_the_board_finds_what_evaluate_finds(detector, images, tmp_path):
+    data = make_digits(tmp_path/'digits', train=2, val=3)
+    val = load_split(data, 'val')
+    with Npu() as npu:
+        npu.compile_onnx(detector, tmp_path/'detector.rknn', calibration=images)
+        expected = detect_all(lambda batch: npu(batch.numpy()), val, (HEIGHT, WIDTH), progress=False)
+        numbers, found = board.run_board('detector.rknn', str(data/'images'), (HEIGHT, WIDTH), cores=3, confidence=.001, runtime=lambda *_: Simulated(npu))
+    assert numbers['frames'] == 5 and numbers['cores'] == 3 and numbers['run_ms'] > 0
+    for record in val.records:
+        (boxes, scores, classes), want = found[record.path.name], expected[record.image_id]
+        ours, theirs = (sorted(map(tuple, np.column_stack([np.round(s, 4), c, np.round(b, 1)]).tolist())) for b, s, c in
+                        ((boxes, scores, classes), (want.boxes.numpy(), want.scores.numpy(), want.classes.numpy())))
+        assert len(ours) == len(theirs) > 0
+        assert np.abs(np.array([row[0] for row in ours]) - [row[0] for row in theirs]).max() < 1e-3
+
+
+def test_the_script_of_the_board_stands_alone(tmp_path):
+    script = shutil.copy(board.__file__, tmp_path/'board.py')
+    words = [sys.executable, '-I', script, 'model.rknn', '--source', tmp_path, '--input-size', '64x96']
+    result = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2 and 'rknnlite' in result.stderr and 'Traceback' not in result.stderr
+
+
+@needs_toolkit
+def test_a_board_needs_adb(detector, monkeypatch):
+    monkeypatch.setenv('PATH', '/nowhere')
+    with pytest.raises(InputError, match='apt install adb'): bench_board(detector, 'board.local')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['parse_size', 'Letterbox', 'letterbox', 'Record', 'DetectionSet', 'load_split', 'make_digits', 'Augmentation',
-           'TrainSet', 'EpochSampler', 'collate']
+           'TrainSet', 'EpochSampler', 'collate', 'sample_images']
 
 # %% ../nbs/01a_data.ipynb #893e2c90
 import json
@@ -609,3 +609,14 @@ def collate(
     padded = torch.full((len(batch), max(1, *map(len, targets)), 5), -1.)
     for rows, objects in zip(padded, targets): rows[:len(objects)] = objects
     return torch.stack(images), padded
+
+# %% ../nbs/01a_data.ipynb #f61d8eba
+def sample_images(
+    detection_set:DetectionSet, # the split to take from
+    size:tuple, # height and width of the network's input
+    count:int=100, # images at most, spread evenly over the set
+)->torch.Tensor: # uint8 (n, 3, H, W) RGB, letterboxed
+    "Some images of a split as the network sees them"
+    chosen = np.unique(np.linspace(0, len(detection_set) - 1, min(count, len(detection_set))).astype(int))
+    images = np.stack([letterbox(detection_set.read(int(i)), size)[0] for i in chosen])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()

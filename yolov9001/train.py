@@ -528,7 +528,7 @@ def save_state(self:Trainer):
         sums=self.sums, updates=self.ema.updates, seconds=self.seconds, history=self.history, best=self.best))
     with write_whole(self.out/'history.csv') as temporary: pd.DataFrame(self.history).to_csv(temporary, index=False)
 
-# %% ../nbs/02_train.ipynb #815cebd2
+# %% ../nbs/02_train.ipynb #3706bb51
 @patch
 def resume(self:Trainer):
     "Continue from `last.pt` as if never stopped; raises `InputError` where the configuration differs"
@@ -536,9 +536,12 @@ def resume(self:Trainer):
     checkpoint = read_checkpoint(path, self.format)
     if 'state' not in checkpoint: raise InputError(f'{path}: holds no training state; train anew in another folder')
     state, now = checkpoint['state'], asdict(self.config)
-    for name, value in state['config'].items():
-        if name not in ('out', 'device', 'workers', 'device_batch', 'save_every') and now.get(name) != value:
-            raise InputError(f'{path}: was trained with {name}={value}, now {now.get(name)}; resume with the same, or choose another folder')
+    free = 'out', 'device', 'workers', 'device_batch', 'save_every'
+    for name in [field.name for field in fields(TrainConfig) if field.name not in free]:
+        before = state['config'].get(name)
+        if now[name] != before:
+            raise InputError(f'{path}: was trained with {name}={before}, now {now[name]}; '
+                             'resume with the same, or choose another folder')
     self.ema.model.load_state_dict(checkpoint['weights'])
     self.model.load_state_dict(state['model'])
     self.optimizer.load_state_dict(state['optimizer'])
