@@ -22,24 +22,23 @@ from torch import Tensor, nn
 from .blocks import AConv, ConvBNReLU, QAGeMSPPF, QARepNCSPELAN, QARepVGGBlockV2, RepBlockAdd, fuse
 from .core import InputError, write_whole
 
-# %% ../nbs/01_model.ipynb #841017a4
+# %% ../nbs/01_model.ipynb #f716dfdb
 @dataclass(frozen=True)
 class ModelConfig:
     "Widths (channels) and depths of one model"
     stem:tuple=(16, 32)              # widths at stride 2 and 4; a single one: a 5x5 convolution straight to stride 4
     widths:tuple=(64, 128, 256)      # backbone at stride 8, 16, 32
-    depths:tuple=(2, 4, 4, 2)        # blocks in the RepBlockAdd at stride 4, 8, 16, 32
-    neck:tuple=(64, 96, 128)         # neck and head at stride 8, 16, 32
-    neck_inner:tuple=(64, 96, 128)   # inner widths of the neck's QARepNCSPELAN; None: plain RepBlockAdd in its place
-    neck_depth:int=2                 # bottlenecks in each CSP of the neck, blocks of a plain neck
-    head_depth:int=2                 # 3x3 blocks before each prediction
+    depths:tuple=(1, 3, 4, 3)        # blocks in the RepBlockAdd at stride 4, 8, 16, 32
+    neck:tuple=(32, 64, 128)         # neck and head at stride 8, 16, 32
+    neck_inner:tuple=None            # inner widths of a QARepNCSPELAN at each level; None: RepBlockAdd in its place
+    neck_depth:int=2                 # blocks of each RepBlockAdd of the neck, or bottlenecks in each CSP
+    head_depth:int=1                 # 3x3 blocks before each prediction
 
-_plain = dict(neck_inner=None, head_depth=1)
 CONFIGS = {'np': ModelConfig(),      # by the name that checkpoints and commands use
-           'plain_s': ModelConfig(depths=(1, 3, 4, 2), neck=(32, 64, 128), neck_depth=1, **_plain),
-           'plain_m': ModelConfig(depths=(1, 3, 4, 3), neck=(32, 64, 128), **_plain),
-           'plain_l': ModelConfig(depths=(1, 4, 6, 3), **_plain),
-           'patch_m': ModelConfig(stem=(32,), depths=(1, 3, 5, 3), neck=(64, 64, 128), **_plain)}
+           'ref': ModelConfig(depths=(2, 4, 4, 2), neck=(64, 96, 128), neck_inner=(64, 96, 128), head_depth=2),
+           'plain_s': ModelConfig(depths=(1, 3, 4, 2), neck_depth=1),
+           'plain_l': ModelConfig(depths=(1, 4, 6, 3), neck=(64, 96, 128)),
+           'patch_m': ModelConfig(stem=(32,), depths=(1, 3, 5, 3), neck=(64, 64, 128))}
 
 # %% ../nbs/01_model.ipynb #c9ba35cb
 class Backbone(nn.Module):
