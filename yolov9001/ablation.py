@@ -6,7 +6,7 @@
 __all__ = ['VARIANTS', 'STORED', 'RECIPE', 'SPPF', 'RepVGGBlock', 'ConcatTopDown', 'ConcatBottomUp', 'with_sppf', 'with_repvgg',
            'with_concat', 'make_variant', 'observe_boxes', 'VariantTrainer', 'measure', 'ablate', 'worth', 'plot_worth']
 
-# %% ../nbs/03b_ablation.ipynb #4c269006
+# %% ../nbs/03b_ablation.ipynb #b6e1124d
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import pandas as pd
 import seaborn as sns
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .blocks import ConvBNReLU, FusedConv, QARepVGGBlockV2, fold_batchnorm
 from .core import InputError, write_json
@@ -190,8 +190,8 @@ def measure(
     kinds = STORED if trainer.variant == 'ours' else {'six sigmoids': STORED['six sigmoids']}
     return {'float': evaluate(predictor(model), val, size, progress=False).map} | {name: ap(stored) for name, stored in kinds.items()}
 
-# %% ../nbs/03b_ablation.ipynb #d9815539
-# The recipe of `make demo`: legible digits within minutes
+# %% ../nbs/03b_ablation.ipynb #e6997361
+# The recipe of `make demo`, two thirds as long
 RECIPE = TrainConfig(input_size='128x160', epochs=19, batch_size=8, lr=.005, mosaic=0., scale=.2, hue=0., saturation=.3, value=.3, flip=0.,
                      auxiliary_weight=0., evaluate_every=19)
 
