@@ -62,6 +62,8 @@ def test_stages_alone(chain):
     run = folder/'run'
     again = command('quantize', run, '-p', 'qat_epochs=0', '-p', 'calibration=kl')
     assert again.returncode == 0, again.stderr
+    layers = command('quantize', run, '--sensitivity')
+    assert layers.returncode == 0 and 'activations' in layers.stdout and 'head' in (run/'sensitivity.csv').read_text()
     checkpoint = command('val', run/'best.pt', '--data', folder/'digits')
     exported = command('val', run/'model.onnx', '--data', folder/'digits')
     assert checkpoint.stdout.splitlines()[-1] == exported.stdout.splitlines()[-1]

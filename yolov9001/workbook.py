@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'RunConfig', 'check_config', 'update_metrics', 'read_config', 'write_config', 'train_stage', 'simulate',
-           'quantize_stage', 'run_notebook', 'run', 'load_predictor', 'list_images', 'detect', 'command',
-           'add_arguments', 'describe_knobs', 'main', 'run_config', 'distribute']
+           'calibrated_twin', 'sensitivity_stage', 'quantize_stage', 'run_notebook', 'run', 'load_predictor',
+           'list_images', 'detect', 'command', 'add_arguments', 'describe_knobs', 'main', 'run_config', 'distribute']
 
-# %% ../nbs/05_workbook.ipynb #5e909cbe
+# %% ../nbs/05_workbook.ipynb #9219fb21
 import argparse
 import inspect
 import json
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pandas as pd
 import papermill
 import torch
 import yaml
@@ -38,7 +39,7 @@ from .evaluate import (Evaluation, decode, draw_detections, evaluate, onnx_predi
 from .model import count_parameters, export_onnx, layer_costs, onnx_metadata
 from .report import save_evaluation, write_report
 from .quantize import (CALIBRATIONS, FIDELITY_IMAGES, QuantConfig, Twin, calibrate, code_differences, export_qdq,
-                                fidelity, finetune, weight_ranges)
+                                fidelity, finetune, weight_ranges, sensitivity)
 from .rk3588_bench import TARGETS, Npu, bench, bench_board, toolkit_version
 from .train import RUN_FILES, load_data, load_model, make_config, predictor, train
 
@@ -142,20 +143,37 @@ def simulate(
                           codes_equal=shares.loc[0], codes_within_one=shares.loc[-1:1].sum(),
                           score_levels=len({row['score'] for row in result.detections}))
 
-# %% ../nbs/05_workbook.ipynb #af9993dc
+# %% ../nbs/05_workbook.ipynb #75268be7
+def calibrated_twin(
+    config:RunConfig, # of a run whose `best.pt` exists
+)->tuple: # the float model, its `Twin`; raises `InputError` for a calibration that does not exist
+    "Load the best checkpoint and calibrate its twin"
+    model, _ = load_model(f'{config.out}/best.pt')
+    twin = Twin(model)
+    calibrate(twin, sample_images(load_data(config)[0], parse_size(config.input_size), config.calibration_images), config.calibration)
+    return model, twin
+
+def sensitivity_stage(
+    config:RunConfig, # of a run whose `best.pt` exists
+)->pd.DataFrame: # as `sensitivity` gives it, also written to `sensitivity.csv` of the run
+    "Tell which layers lose most when they alone are quantized"
+    check_config(config)
+    table = sensitivity(calibrated_twin(config)[1], sample_images(load_data(config)[1], parse_size(config.input_size), FIDELITY_IMAGES))
+    with write_whole(f'{config.out}/sensitivity.csv') as temporary: table.to_csv(temporary, index=False)
+    return table
+
+# %% ../nbs/05_workbook.ipynb #42ba968d
 def quantize_stage(
     config:RunConfig, # of a run whose `best.pt` exists
     resume:bool=False, # continue an interrupted quantization-aware training
 )->dict: # metrics so far
     "Quantize the best checkpoint, compile it with rknn-toolkit2, evaluate its INT8 simulation"
     check_config(config)
-    out, size, (train_split, val) = Path(config.out), parse_size(config.input_size), load_data(config)
-    model, _ = load_model(out/'best.pt')
+    out, size, (_, val) = Path(config.out), parse_size(config.input_size), load_data(config)
+    model, twin = calibrated_twin(config)
     for name in ('int8_ptq', 'int8_qat'):                   # what an earlier quantization found
         (out/f'evaluation_{name}.json').unlink(missing_ok=True)
         update_metrics(out, **{f'map_{name}': None, f'map50_{name}': None})
-    twin = Twin(model)
-    calibrate(twin, sample_images(train_split, size, config.calibration_images), config.calibration)
     tables = dict(fidelity=fidelity(twin, sample_images(val, size, FIDELITY_IMAGES)), weight_ranges=weight_ranges(twin))
     for name, table in tables.items():
         with write_whole(out/f'{name}.csv') as temporary: table.to_csv(temporary, index=False)
@@ -372,15 +390,21 @@ def _train(*,
     print_json(data=metrics)
     print(f'wrote {out}/best.pt and {out}/model.onnx')
 
-# %% ../nbs/05_workbook.ipynb #1856dfb9
+# %% ../nbs/05_workbook.ipynb #6947cf02
 @command
 def _quantize(
     run:str, # folder of a run
     *,
     p:list=None, # name=value, those of quantization among the parameters below; may be repeated
     resume:bool=False, # continue an interrupted quantization-aware training
+    sensitivity:bool=False, # only tell which layers lose most when they alone are quantized
 ):
     "Calibrate, train on in INT8, compile and simulate the model of a run"
+    if sensitivity:
+        table = Table('layer', 'part', 'error at the outputs, steps of 1/255')
+        for row in sensitivity_stage(run_config(None, run, run, p)).head(20).itertuples(): table.add_row(row.name, row.part, f'{row.error:.3f}')
+        Console().print(table)
+        return print(f'wrote {run}/sensitivity.csv with all layers')
     print_json(data=quantize_stage(run_config(None, run, run, p), resume))
     print(f'wrote {run}/model_int8.onnx, {run}/model.rknn and {run}/layers.csv')
 
