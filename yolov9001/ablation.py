@@ -43,7 +43,7 @@ class SPPF(nn.Module):
         for _ in range(3): maps.append(F.max_pool2d(maps[-1], self.ks, 1, self.ks // 2))
         return self.join(torch.cat(maps, 1))
 
-# %% ../nbs/03b_ablation.ipynb #8d01dfe2
+# %% ../nbs/03b_ablation.ipynb #de6d2f90
 class RepVGGBlock(nn.Module):
     "3x3, 1x1 and identity, each with a BatchNorm of its own, ReLU after the sum (arXiv 2101.03697)"
     def __init__(self,
@@ -54,12 +54,12 @@ class RepVGGBlock(nn.Module):
     ):
         super().__init__()
         self.conv3, self.bn3 = nn.Conv2d(cin, cout, 3, stride, 1, bias=False), nn.BatchNorm2d(cout)
-        self.conv1, self.bn1 = nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout)
+        self.conv1, self.bn1 = nn.Conv2d(cin, cout, 1, bias=False), nn.BatchNorm2d(cout)  # of every `stride`-th pixel
         self.bn0 = nn.BatchNorm2d(cout) if cin == cout and stride == 1 else None
         self.stride, self.act = stride, act
 
     def forward(self, x):
-        y = self.bn3(self.conv3(x)) + self.bn1(self.conv1(x))
+        y = self.bn3(self.conv3(x)) + self.bn1(self.conv1(x[:, :, ::self.stride, ::self.stride]))
         if self.bn0: y = y + self.bn0(x)
         return F.relu(y) if self.act else y
 
