@@ -7,7 +7,7 @@ __all__ = ['COMMANDS', 'RunConfig', 'check_config', 'update_metrics', 'read_conf
            'calibrated_twin', 'sensitivity_stage', 'quantize_stage', 'run_notebook', 'run', 'load_predictor',
            'list_images', 'detect', 'command', 'add_arguments', 'describe_knobs', 'main', 'run_config', 'distribute']
 
-# %% ../nbs/05_workbook.ipynb #9219fb21
+# %% ../nbs/05_workbook.ipynb #b1557720
 import argparse
 import inspect
 import json
@@ -39,7 +39,7 @@ from .evaluate import (Evaluation, decode, draw_detections, evaluate, onnx_predi
 from .model import count_parameters, export_onnx, layer_costs, onnx_metadata
 from .report import save_evaluation, write_report
 from .quantize import (CALIBRATIONS, FIDELITY_IMAGES, QuantConfig, Twin, calibrate, code_differences, export_qdq,
-                                fidelity, finetune, weight_ranges, sensitivity)
+                                fidelity, finetune, sensitivity, weight_ranges)
 from .rk3588_bench import TARGETS, Npu, bench, bench_board, toolkit_version
 from .train import RUN_FILES, load_data, load_model, make_config, predictor, train
 
@@ -143,34 +143,38 @@ def simulate(
                           codes_equal=shares.loc[0], codes_within_one=shares.loc[-1:1].sum(),
                           score_levels=len({row['score'] for row in result.detections}))
 
-# %% ../nbs/05_workbook.ipynb #75268be7
+# %% ../nbs/05_workbook.ipynb #296195f6
 def calibrated_twin(
     config:RunConfig, # of a run whose `best.pt` exists
+    train_split:DetectionSet, # its training images
 )->tuple: # the float model, its `Twin`; raises `InputError` for a calibration that does not exist
     "Load the best checkpoint and calibrate its twin"
     model, _ = load_model(f'{config.out}/best.pt')
     twin = Twin(model)
-    calibrate(twin, sample_images(load_data(config)[0], parse_size(config.input_size), config.calibration_images), config.calibration)
+    calibrate(twin, sample_images(train_split, parse_size(config.input_size), config.calibration_images), config.calibration)
     return model, twin
 
+# %% ../nbs/05_workbook.ipynb #78dd8dd0
 def sensitivity_stage(
     config:RunConfig, # of a run whose `best.pt` exists
 )->pd.DataFrame: # as `sensitivity` gives it, also written to `sensitivity.csv` of the run
     "Tell which layers lose most when they alone are quantized"
     check_config(config)
-    table = sensitivity(calibrated_twin(config)[1], sample_images(load_data(config)[1], parse_size(config.input_size), FIDELITY_IMAGES))
+    train_split, val = load_data(config)
+    _, twin = calibrated_twin(config, train_split)
+    table = sensitivity(twin, sample_images(val, parse_size(config.input_size), FIDELITY_IMAGES))
     with write_whole(f'{config.out}/sensitivity.csv') as temporary: table.to_csv(temporary, index=False)
     return table
 
-# %% ../nbs/05_workbook.ipynb #42ba968d
+# %% ../nbs/05_workbook.ipynb #c39810ca
 def quantize_stage(
     config:RunConfig, # of a run whose `best.pt` exists
     resume:bool=False, # continue an interrupted quantization-aware training
 )->dict: # metrics so far
     "Quantize the best checkpoint, compile it with rknn-toolkit2, evaluate its INT8 simulation"
     check_config(config)
-    out, size, (_, val) = Path(config.out), parse_size(config.input_size), load_data(config)
-    model, twin = calibrated_twin(config)
+    out, size, (train_split, val) = Path(config.out), parse_size(config.input_size), load_data(config)
+    model, twin = calibrated_twin(config, train_split)
     for name in ('int8_ptq', 'int8_qat'):                   # what an earlier quantization found
         (out/f'evaluation_{name}.json').unlink(missing_ok=True)
         update_metrics(out, **{f'map_{name}': None, f'map50_{name}': None})
