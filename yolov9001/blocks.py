@@ -119,7 +119,7 @@ class QARepVGGBlockV2(nn.Module):
         weight, bias = fold_batchnorm(weight, bias, self.bn)
         return FusedConv(weight, bias, self.stride, 1, self.act)
 
-# %% ../nbs/00_blocks.ipynb #fc3e00f7
+# %% ../nbs/00_blocks.ipynb #1a2e3c6e
 class RepBlockAdd(nn.Module):
     "`n` QARepVGGBlockV2 in sequence plus a skip: `ReLU(x + blocks(x))` (YOLOv6+, SIViP 19(8), 2025)"
     def __init__(self,
@@ -135,6 +135,13 @@ class RepBlockAdd(nn.Module):
     def forward(self, x):
         y = self.blocks(x)
         return F.relu(x + y if self.has_skip else y)
+
+    def fused(self)->nn.Module: # `FusedConv` for a single block with a skip, else itself with fused blocks
+        "Blocks as convolutions; the skip of a single block is one more tap of its kernel"
+        self.blocks = fuse(self.blocks)
+        if not self.has_skip or len(self.blocks) > 1: return self
+        conv = self.blocks[0].conv
+        return FusedConv(conv.weight + nn.init.dirac_(torch.empty_like(conv.weight)), conv.bias, 1, 1)
 
 # %% ../nbs/00_blocks.ipynb #688354b5
 class QARepNCSP(nn.Module):
