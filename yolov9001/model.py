@@ -22,23 +22,24 @@ from torch import Tensor, nn
 from .blocks import AConv, ConvBNReLU, QAGeMSPPF, QARepNCSPELAN, QARepVGGBlockV2, RepBlockAdd, fuse
 from .core import InputError, write_whole
 
-# %% ../nbs/01_model.ipynb #f716dfdb
+# %% ../nbs/01_model.ipynb #daed2d1c
 @dataclass(frozen=True)
 class ModelConfig:
     "Widths (channels) and depths of one model"
     stem:tuple=(16, 32)              # widths at stride 2 and 4; a single one: a 5x5 convolution straight to stride 4
     widths:tuple=(64, 128, 256)      # backbone at stride 8, 16, 32
-    depths:tuple=(1, 3, 4, 3)        # blocks in the RepBlockAdd at stride 4, 8, 16, 32
-    neck:tuple=(32, 64, 128)         # neck and head at stride 8, 16, 32
+    depths:tuple=(1, 3, 4, 2)        # blocks in the RepBlockAdd at stride 4, 8, 16, 32
+    neck:tuple=(64, 64, 128)         # neck and head at stride 8, 16, 32
     neck_inner:tuple=None            # inner widths of a QARepNCSPELAN at each level; None: RepBlockAdd in its place
-    neck_depth:int=2                 # blocks of each RepBlockAdd of the neck, or bottlenecks in each CSP
+    neck_depth:int=1                 # blocks of each RepBlockAdd of the neck, or bottlenecks in each CSP
     head_depth:int=1                 # 3x3 blocks before each prediction
 
 CONFIGS = {'np': ModelConfig(),      # by the name that checkpoints and commands use
-           'ref': ModelConfig(depths=(2, 4, 4, 2), neck=(64, 96, 128), neck_inner=(64, 96, 128), head_depth=2),
-           'plain_s': ModelConfig(depths=(1, 3, 4, 2), neck_depth=1),
+           'ref': ModelConfig(depths=(2, 4, 4, 2), neck=(64, 96, 128), neck_inner=(64, 96, 128), neck_depth=2, head_depth=2),
+           'plain_s': ModelConfig(neck=(32, 64, 128)),
+           'plain_m': ModelConfig(depths=(1, 3, 4, 3), neck=(32, 64, 128), neck_depth=2),
            'plain_l': ModelConfig(depths=(1, 4, 6, 3), neck=(64, 96, 128)),
-           'patch_m': ModelConfig(stem=(32,), depths=(1, 3, 5, 3), neck=(64, 64, 128))}
+           'patch_m': ModelConfig(stem=(32,), depths=(1, 3, 5, 3))}
 
 # %% ../nbs/01_model.ipynb #c9ba35cb
 class Backbone(nn.Module):
