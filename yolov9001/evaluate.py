@@ -80,20 +80,22 @@ def to_results(
     return [dict(image_id=image_id, category_id=category_ids[c], bbox=[x1, y1, x2 - x1, y2 - y1], score=score)
         for (x1, y1, x2, y2), score, c in rows]
 
-# %% ../nbs/01c_evaluate.ipynb #6cc1cfa6
+# %% ../nbs/01c_evaluate.ipynb #7e2de5a9
 def from_results(
-    results:list[dict], # rows of a COCO results file, of any images
-    image_id:int, # the image wanted
+    results:list[dict], # rows of a COCO results file
+    image_ids:list, # the images wanted
     category_ids:list, # the data set's ids, in class order
     confidence:float=0., # rows below this score are left out, 0..1
-)->Detections: # best first, in pixels of the original image
-    "Detections of one image from COCO results"
-    rows = [row for row in results if row['image_id'] == image_id and row['score'] >= confidence]
-    rows.sort(key=lambda row: -row['score'])
-    boxes = torch.tensor([row['bbox'] for row in rows], dtype=torch.float32).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    return Detections(boxes, torch.tensor([row['score'] for row in rows]),
-        torch.tensor([category_ids.index(row['category_id']) for row in rows], dtype=torch.int64))
+)->dict: # image id -> `Detections`, best first, in pixels of the original image
+    "Detections of images from COCO results"
+    rows, place = {image_id: [] for image_id in image_ids}, {c: i for i, c in enumerate(category_ids)}
+    for row in sorted(results, key=lambda row: -row['score']):
+        if row['score'] >= confidence and row['image_id'] in rows: rows[row['image_id']].append(row)
+    def detections(rows):
+        boxes = torch.tensor([row['bbox'] for row in rows], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        return Detections(boxes, torch.tensor([row['score'] for row in rows]), torch.tensor([place[row['category_id']] for row in rows], dtype=torch.int64))
+    return {image_id: detections(own) for image_id, own in rows.items()}
 
 # %% ../nbs/01c_evaluate.ipynb #1757d096
 @dataclass

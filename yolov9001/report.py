@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['EVALUATIONS', 'save_evaluation', 'read_evaluations', 'embed', 'plot_history', 'plot_classes', 'count_unmatched',
-           'draw_side_by_side', 'versions', 'report_pictures', 'write_report']
+           'draw_side_by_side', 'versions', 'report_pictures', 'report_mistakes', 'write_report']
 
-# %% ../nbs/04b_report.ipynb #93769e39
+# %% ../nbs/04b_report.ipynb #d80c75e9
 import base64
+import dataclasses
 import importlib.metadata
 import io
 import json
@@ -30,6 +31,7 @@ from .data import DetectionSet
 from .evaluate import Detections, Evaluation, draw_detections, from_results
 from .quantize import FIDELITY_IMAGES, plot_fidelity
 from .latency import plot_layers
+from .mistakes import mistake_costs, plot_mistakes, recall_by_size
 
 # %% ../nbs/04b_report.ipynb #d792bdbf
 def save_evaluation(
@@ -98,19 +100,17 @@ def count_unmatched(
     partners = (box_iou(one.boxes, other.boxes) >= iou) & (one.classes[:, None] == other.classes[None])
     return int((~partners.any(1)).sum() + (~partners.any(0)).sum())
 
-# %% ../nbs/04b_report.ipynb #d9f28bb1
+# %% ../nbs/04b_report.ipynb #7b20adc6
 def draw_side_by_side(
     detection_set:DetectionSet, # the val split
-    evaluations:dict, # name -> evaluation as saved
+    found:dict, # name of a model -> its `Detections` by image id
     index:int, # of the image in the set
-    confidence:float=.3, # detections below are not drawn
 )->np.ndarray: # ground truth and one panel a model, beside each other
     "Ground truth and detections of one image"
     record, image, names = detection_set.records[index], detection_set.read(index), detection_set.class_names
     panels = [draw_detections(image, record.boxes, record.classes, names)]
-    for evaluation in evaluations.values():
-        found = from_results(evaluation['detections'], record.image_id, detection_set.category_ids, confidence)
-        panels.append(draw_detections(image, found.boxes, found.classes, names, found.scores))
+    for own in (detections[record.image_id] for detections in found.values()):
+        panels.append(draw_detections(image, own.boxes, own.classes, names, own.scores))
     return np.hstack(panels)
 
 # %% ../nbs/04b_report.ipynb #40ba69b6
@@ -121,7 +121,7 @@ def versions(
     installed = {d.metadata['Name'].lower(): d.version for d in importlib.metadata.distributions() if d.metadata['Name']}
     return {'python': platform.python_version(), **{name: installed.get(name, 'not installed') for name in names}}
 
-# %% ../nbs/04b_report.ipynb #d270374c
+# %% ../nbs/04b_report.ipynb #a66e4d8c
 _PAGE = jinja2.Template('''<!doctype html><html lang="en"><meta charset="utf-8"><title>YOLOv9001 · {{ name }}</title>
 <style>body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}img{max-width:100%}
 table{border-collapse:collapse}td,th{padding:.2em .9em;text-align:left;border-bottom:1px solid #ddd}.big{font-size:2em}.note{color:#666}</style>
@@ -136,7 +136,8 @@ table{border-collapse:collapse}td,th{padding:.2em .9em;text-align:left;border-bo
 {% for picture in pictures %}<p><img src="{{ picture }}"></p>{% endfor %}
 <h2>Where float and INT8 differ most</h2>
 {% for n, picture in worst %}<p class="note">{{ n }} detections without a partner</p><p><img src="{{ picture }}"></p>{% endfor %}
-<h2>Accuracy by class</h2><img src="{{ classes }}"><h2>Training</h2><img src="{{ history }}">
+<h2>Accuracy by class</h2><img src="{{ classes }}">
+<h2>What goes wrong</h2><p class="note">AP50 that an oracle would gain by mending one kind of mistake, and objects found with a score above {{ confidence }}, by their size</p><img src="{{ mistakes }}"><h2>Training</h2><img src="{{ history }}">
 <h2>Quantization, tensor by tensor</h2><p class="note">Of the calibrated model on {{ samples }} images of the val split</p><img src="{{ fidelity }}">
 <h2>Where time and bytes go</h2><p class="note">Estimated, from the compiler's layer table (layers.csv)</p><img src="{{ layers }}">
 <h2>All numbers</h2><table>{% for k, v in m.items() %}<tr><th>{{ k }}<td>{{ v }}{% endfor %}</table>
@@ -144,23 +145,34 @@ table{border-collapse:collapse}td,th{padding:.2em .9em;text-align:left;border-bo
 <h2>Configuration</h2><p class="note">Again: yolov9001 run --config config.yaml --out another/folder</p>
 <table>{% for k, v in config.items() %}<tr><th>{{ k }}<td>{{ v }}{% endfor %}</table></html>''', autoescape=True)
 
-# %% ../nbs/04b_report.ipynb #087a017a
+# %% ../nbs/04b_report.ipynb #76e49248
 def report_pictures(
     detection_set:DetectionSet, # the val split
-    evaluations:dict, # from `read_evaluations`
-    confidence:float=.3, # detections below are not drawn
+    found:dict, # name of a model -> its `Detections` by image id, as they are to be drawn, float first
     most:int=4, # pictures of each kind
 )->dict: # `pictures` and `worst`, as the page wants them
     "Detections drawn side by side"
-    draw = lambda i: embed(draw_side_by_side(detection_set, evaluations, i, confidence))
-    first, *_, last = [e['detections'] for e in evaluations.values()]
-    found = lambda rows, r: from_results(rows, r.image_id, detection_set.category_ids, confidence)
-    differ = np.array([count_unmatched(found(first, r), found(last, r)) for r in detection_set.records])
+    draw = lambda i: embed(draw_side_by_side(detection_set, found, i))
+    first, *_, last = found.values()
+    differ = np.array([count_unmatched(first[r.image_id], last[r.image_id]) for r in detection_set.records])
     shown = np.unique(np.linspace(0, len(differ) - 1, min(most, len(differ))).round().astype(int))
     worst = [i for i in np.argsort(-differ, kind='stable')[:most] if differ[i]]
     return dict(pictures=[draw(i) for i in shown], worst=[(differ[i], draw(i)) for i in worst])
 
-# %% ../nbs/04b_report.ipynb #a6e96749
+# %% ../nbs/04b_report.ipynb #c22859d0
+def report_mistakes(
+    detection_set:DetectionSet, # the val split
+    found:dict, # name of a model -> its `Detections` by image id, of any score
+    most:int=500, # images, evenly spread
+)->plt.Figure:
+    "Mistakes of every model by kind and size"
+    chosen = np.unique(np.linspace(0, len(detection_set) - 1, min(most, len(detection_set))).astype(int))
+    part = dataclasses.replace(detection_set, records=[detection_set.records[i] for i in chosen])
+    kept = {name: {r.image_id: own[r.image_id] for r in part.records} for name, own in found.items()}
+    return plot_mistakes(pd.DataFrame({name: mistake_costs(part, own) for name, own in kept.items()}).T,
+                         {name: recall_by_size(part, own) for name, own in kept.items()})
+
+# %% ../nbs/04b_report.ipynb #9d53389f
 def write_report(
     folder:str|Path, # of a run; raises `InputError` when a stage's file is missing
     detection_set:DetectionSet, # its val split
@@ -174,11 +186,14 @@ def write_report(
             raise InputError(f'{folder/name}: missing; run the stage that writes it, or all of them with yolov9001 run')
     table = lambda name: pd.read_csv(folder/f'{name}.csv')
     evaluations, confidence = read_evaluations(folder), .3
+    ids = [r.image_id for r in detection_set.records]
+    found, shown = ({name: from_results(e['detections'], ids, detection_set.category_ids, least) for name, e in evaluations.items()}
+                    for least in (0., confidence))
     page = _PAGE.render(
         name=folder.name, m=json.loads((folder/'metrics.json').read_text()), versions=versions(), evaluations=evaluations,
         config=yaml.safe_load((folder/'config.yaml').read_text()), confidence=confidence, samples=FIDELITY_IMAGES,
-        classes=embed(plot_classes(evaluations)), history=embed(plot_history(table('history'))),
+        classes=embed(plot_classes(evaluations)), mistakes=embed(report_mistakes(detection_set, found)), history=embed(plot_history(table('history'))),
         fidelity=embed(plot_fidelity(table('fidelity'), table('weight_ranges'))),
-        layers=embed(plot_layers(table('layers'))), **report_pictures(detection_set, evaluations, confidence))
+        layers=embed(plot_layers(table('layers'))), **report_pictures(detection_set, shown))
     with write_whole(folder/'report.html') as temporary: temporary.write_text(page)
     return folder/'report.html'
