@@ -49,14 +49,14 @@ def ultralytics_version(
         try: return metadata.version(package)
         except metadata.PackageNotFoundError: pass
 
-# %% ../nbs/04a_compare.ipynb #9af23525
-def _run_job(job, log, **arguments):
-    "Start `job` (a function of this module) in a process of its own, its output in the file `log`"
+# %% ../nbs/04a_compare.ipynb #b6a4b034
+def _run_job(job, log, module='yolov9001.compare', **arguments):
+    "Start `job` (a function of `module`) in a process of its own, its output in the file `log`"
     if ultralytics_version() is None: raise InputError("ultralytics: not installed; pip install -e '.[compare]'")
     Path(log).parent.mkdir(parents=True, exist_ok=True)
     env = os.environ | dict(YOLO_OFFLINE='true', YOLO_AUTOINSTALL='false', YOLO_CONFIG_DIR=str(Path(log).parent.resolve()),
                             MPLBACKEND='agg', PYTHONPATH=os.pathsep.join(p or os.getcwd() for p in sys.path))
-    code = f'import json; from yolov9001.compare import {job}; {job}(**json.loads({json.dumps(arguments, default=str)!r}))'
+    code = f'import json; from {module} import {job}; {job}(**json.loads({json.dumps(arguments, default=str)!r}))'
     with open(log, 'ab') as out:
         return subprocess.Popen([sys.executable, '-c', code], env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
 
@@ -408,13 +408,13 @@ def resolve_decode(
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f'decode function {text!r}: {error}; write package.module:function') from None
 
-# %% ../nbs/04a_compare.ipynb #f92bae2d
+# %% ../nbs/04a_compare.ipynb #2659332c
 def obtain(
     model:str, # a key of `CONFIGS`, a detector of ultralytics, or 'model.onnx[=package.module:function]'
     seed:int, # of the training
     budget:Budget, # of the comparison
     out:Path, # folder of the run; what was stopped goes on
-)->tuple: # path of the ONNX file, decode function, seconds of training (0 for a given file)
+)->tuple: # path of the ONNX file, decode function, seconds of training (0 for a given file; of a peer that was stopped, since then)
     "Train a model or take it"
     start, size = time.perf_counter(), (budget.input_size,)*2
     if '.onnx' in model:
@@ -423,9 +423,9 @@ def obtain(
     if model in CONFIGS:
         config = TrainConfig(data=budget.data, out=str(out), model=model, input_size=str(budget.input_size), epochs=budget.epochs,
                              batch_size=budget.batch_size, seed=seed)
-        train(config, resume=(out/'last.pt').exists())
+        seconds = train(config, resume=(out/'last.pt').exists()).seconds
         network, known = load_model(out/'best.pt')
-        return export_onnx(network, out/'model.onnx', known['class_names'], size), decode, time.perf_counter() - start
+        return export_onnx(network, out/'model.onnx', known['class_names'], size), decode, seconds
     splits = {split: load_split(budget.data, split) for split in ('train', 'val')}
     data = write_yolo(splits, out.parent/'yolo_data')
     best = train_peer(model, data, out, budget.epochs, budget.input_size, budget.batch_size, seed)
