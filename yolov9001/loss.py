@@ -6,8 +6,9 @@
 __all__ = ['BOX_RANGE', 'distances', 'distances_to_code', 'anchor_points', 'flatten_levels', 'decode_boxes', 'candidate_cells',
            'Assignment', 'TaskAlignedAssigner', 'DetectionLoss', 'DualLoss']
 
-# %% ../nbs/01b_loss.ipynb #0d3509c0
+# %% ../nbs/01b_loss.ipynb #71e016a1
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -114,7 +115,7 @@ class TaskAlignedAssigner:
         score = kept * kept_iou.amax(-1, keepdim=True) / kept.amax(-1, keepdim=True).clamp(min=1e-9)
         return Assignment(chosen.any(1), index, score.amax(1))
 
-# %% ../nbs/01b_loss.ipynb #be912c32
+# %% ../nbs/01b_loss.ipynb #2ab4b967
 class DetectionLoss:
     "Class and box loss of one branch against its own assignment (gains as in YOLOv9, arXiv 2402.13616)"
     def __init__(self,
@@ -122,10 +123,12 @@ class DetectionLoss:
         box_gain:float=7.5, # weight of the box loss
         class_gain:float=.5, # weight of the class loss
         assigner:TaskAlignedAssigner|None=None, # `TaskAlignedAssigner()` if None
+        box_loss:Callable=complete_box_iou_loss, # predicted and wanted boxes (n, 4) -> (n,)
+        class_loss:Callable=partial(F.binary_cross_entropy_with_logits, reduction='sum'), # logits and wanted scores (B, N, C) -> scalar
         total:Callable=lambda score: score, # sum of this process's scores -> that of all processes which share the batch
     ):
         self.strides, self.box_gain, self.class_gain, self.total = strides, box_gain, class_gain, total
-        self.assigner = assigner or TaskAlignedAssigner()
+        self.assigner, self.box_loss, self.class_loss = assigner or TaskAlignedAssigner(), box_loss, class_loss
 
     def __call__(self,
         logits:list[Tensor], # six tensors (B, 4 or C, H, W): box and class of each level, before the sigmoid
@@ -140,9 +143,8 @@ class DetectionLoss:
         soft = torch.zeros_like(classes)
         soft[(*foreground.nonzero(as_tuple=True), wanted[:, 0].long())] = score[foreground]
         total = self.total(score.sum()).clamp(min=1)
-        class_loss = F.binary_cross_entropy_with_logits(classes, soft, reduction='sum') / total
-        box_loss = (complete_box_iou_loss(boxes[foreground], wanted[:, 1:]) * score[foreground]).sum() / total
-        return self.box_gain * box_loss, self.class_gain * class_loss
+        box_loss = (self.box_loss(boxes[foreground], wanted[:, 1:]) * score[foreground]).sum() / total
+        return self.box_gain * box_loss, self.class_gain * self.class_loss(classes, soft) / total
 
 # %% ../nbs/01b_loss.ipynb #56fb8bd4
 class DualLoss:
