@@ -23,8 +23,9 @@ from torch import nn
 
 from .core import InputError
 from .data import parse_size
+from .distributed import World
 from .model import YOLOv9001
-from .train import OPTIMIZERS, TrainConfig, World, progress
+from .train import OPTIMIZERS, TrainConfig, progress
 
 # %% ../nbs/02a_cluster.ipynb #c3e7d4be
 @dataclass
