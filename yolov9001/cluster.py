@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REFERENCE_BATCH', 'Plan', 'count_devices', 'own_addresses', 'make_plan', 'torchrun_words', 'torchrun_environment',
            'survive', 'launch', 'describe_device', 'require_one_type', 'bytes_per_image', 'free_bytes', 'fitting_batch',
-           'scaled_rate', 'agree', 'begun', 'negotiate', 'projected_efficiency']
+           'scaled_rate', 'agree', 'begun', 'negotiate', 'projected_efficiency', 'training_flops', 'projected_hours']
 
 # %% ../nbs/02a_cluster.ipynb #203b3ea9
 import math
@@ -240,3 +240,27 @@ def projected_efficiency(
     rounds = 2 * (hosts - 1)
     exchange = rounds * (gradient_bytes / hosts / (usable * network / 8) + latency)
     return step / (step + max(0., exchange - hidden * step))
+
+# %% ../nbs/02a_cluster.ipynb #929aa691
+def training_flops(
+    model:YOLOv9001, # in training form; left in training mode
+    size:tuple, # height and width of the input, multiples of 32
+)->float: # operations of one image, two a multiplication with its addition
+    "Operations of the convolutions of a training step"
+    macs = []
+    count = lambda conv, _, output: macs.append(conv.weight.numel() * output[0, 0].numel())
+    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Conv2d)]
+    with torch.no_grad(): model.train()(torch.zeros(2, 3, *size))
+    for hook in hooks: hook.remove()
+    return 3 * 2. * sum(macs)
+
+def projected_hours(
+    flops:float, # operations of an image, from `training_flops`
+    images:int, # of the training split
+    epochs:int, # passes over them
+    devices:int=1, # that share the work
+    peak:float=70e12, # operations a second of a device; an A10G in bfloat16, by its maker
+    usage:float=.25, # part of the peak that small convolutions reach, a guess
+)->float: # hours, a calculation, not a measurement
+    "How long a training takes, if computing is all that it costs"
+    return flops * images * epochs / (devices * peak * usage) / 3600
