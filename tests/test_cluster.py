@@ -155,3 +155,23 @@ def test_a_host_dies_and_returns(digits, tmp_path, start, hosts):
     history = pd.read_csv(outs[0]/'history.csv')
     assert history.epoch.tolist() == list(range(1, EPOCHS + 1)) and history['class'].iloc[-1] < history['class'].iloc[0]
 
+
+
+def test_the_meeting_point_dies_and_returns(digits, tmp_path, start, hosts):
+    "The first host holds the rendezvous: without it the other cannot go on, asks again, and is there when it comes back"
+    outs, logs = [tmp_path/f'host{i}' for i in (1, 2)], [tmp_path/f'log{i}' for i in (1, 2)]
+    def begin(i):
+        enter, address = hosts[i]
+        return start([*enter, *words(digits, outs[i], '--hosts', '10.99.0.11,10.99.0.12', '--address', address, '--devices', '1', epochs=EPOCHS)], logs[i])
+    done = lambda i: progress(outs[i]/'last.pt')[0]
+    first, second = begin(0), begin(1)
+    wait_for(lambda: min(done(0), done(1)) >= 2)
+    kill_all(first)
+    time.sleep(3)
+    assert second.poll() is None and done(1) < EPOCHS
+    first = begin(0)
+    assert first.wait(400) == 0 and second.wait(400) == 0, logs[0].read_text() + logs[1].read_text()
+    one, two = (load_model(out/'last.pt') for out in outs)
+    assert one[1]['epoch'] == two[1]['epoch'] == EPOCHS
+    assert all(a.equal(b) for a, b in zip(one[0].state_dict().values(), two[0].state_dict().values()))
+    assert pd.read_csv(outs[0]/'history.csv').epoch.tolist() == list(range(1, EPOCHS + 1))

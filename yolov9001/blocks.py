@@ -119,29 +119,22 @@ class QARepVGGBlockV2(nn.Module):
         weight, bias = fold_batchnorm(weight, bias, self.bn)
         return FusedConv(weight, bias, self.stride, 1, self.act)
 
-# %% ../nbs/00_blocks.ipynb #1a2e3c6e
+# %% ../nbs/00_blocks.ipynb #0932550d
 class RepBlockAdd(nn.Module):
     "`n` QARepVGGBlockV2 in sequence plus a skip: `ReLU(x + blocks(x))` (YOLOv6+, SIViP 19(8), 2025)"
     def __init__(self,
         cin:int, # channels in
         cout:int, # channels out; where it differs from `cin` there is no skip
-        n:int=1, # blocks in the sequence, at least 1
+        n:int=1, # blocks in the sequence, at least 1; a single one has no skip but its own identity
     ):
         super().__init__()
-        self.has_skip = cin == cout
+        self.has_skip = cin == cout and n > 1
         widths = [cin] + [cout] * n
         self.blocks = nn.Sequential(*[QARepVGGBlockV2(widths[i], cout, act=i < n - 1) for i in range(n)])
 
     def forward(self, x):
         y = self.blocks(x)
         return F.relu(x + y if self.has_skip else y)
-
-    def fused(self)->nn.Module: # `FusedConv` for a single block with a skip, else itself with fused blocks
-        "Blocks as convolutions; the skip of a single block is one more tap of its kernel"
-        self.blocks = fuse(self.blocks)
-        if not self.has_skip or len(self.blocks) > 1: return self
-        conv = self.blocks[0].conv
-        return FusedConv(conv.weight + nn.init.dirac_(torch.empty_like(conv.weight)), conv.bias, 1, 1)
 
 # %% ../nbs/00_blocks.ipynb #688354b5
 class QARepNCSP(nn.Module):
