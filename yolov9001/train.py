@@ -44,7 +44,7 @@ class TrainConfig:
     "What a training depends on, besides the images"
     data:str = 'digits'             # COCO folder, YOLO data.yaml, or 'digits' for the embedded set
     out:str = 'runs/train'          # folder of the run
-    model:str = 'np'                # a key of `CONFIGS`
+    model:str = 'np'                # np, or plain_s, plain_m, plain_l, patch_m, ref: `CONFIGS` of 01_model
     input_size:str = '320'          # one side or HEIGHTxWIDTH, multiples of 32
     epochs:int = 60                 # passes over the training images
     batch_size:int = 16             # images a step, of all devices together; yolov9001 train finds the largest for 0
