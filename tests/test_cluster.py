@@ -100,6 +100,14 @@ def test_sigterm_to_several_processes(digits, tmp_path, start):
     assert pd.read_csv(out/'history.csv').epoch.tolist() == list(range(1, 13))
 
 
+def test_a_refusal_ends_the_training(digits, tmp_path, start):
+    "What the processes find wrong is said once more by the launcher, which does not try again"
+    out, log = tmp_path/'run', tmp_path/'log'
+    assert start(words(digits, out, '--devices', '2', epochs=1, optimizer='rmsprop'), log).wait(200) == 2
+    told = log.read_text()
+    assert "optimizer 'rmsprop': unknown" in told.splitlines()[-1] and 'attempts left' not in told
+
+
 def test_full_disk_keeps_the_checkpoint(digits, tmp_path):
     "A file that may not grow stands for a disk that is full"
     import resource

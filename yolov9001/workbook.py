@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from .cluster import Plan, launch, make_plan, negotiate
+from .cluster import REFUSAL, Plan, launch, make_plan, negotiate
 from .compare import Budget, compare, summarize
 from .core import InputError, project_folder, write_json, write_whole
 from .data import DetectionSet, letterbox, load_split, parse_size, sample_images
@@ -323,6 +323,7 @@ def main(
     warnings.showwarning = lambda message, *_: print(f'yolov9001: {message}', file=sys.stderr)
     try: COMMANDS[words.pop('command')](**words)
     except InputError as error:
+        if REFUSAL in os.environ: Path(os.environ[REFUSAL]).write_text(str(error))
         print(f'yolov9001: {error}', file=sys.stderr)
         return 2
     return 0
