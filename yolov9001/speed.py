@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['onnx_gmacs', 'own_seconds', 'peer_seconds', 'training_speed']
 
-# %% ../nbs/04e_speed.ipynb #c1dcf419
+# %% ../nbs/04e_speed.ipynb #d9695f5e
 import json
 import statistics
 import time
@@ -13,9 +13,11 @@ from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import onnx
 import pandas as pd
 import torch
+from onnxruntime import InferenceSession
 from tqdm.auto import tqdm
 
 from .compare import Budget, _finish_job, _run_job, export_peer, write_yolo
@@ -23,16 +25,19 @@ from .data import load_split
 from .model import CONFIGS, YOLOv9001, export_onnx
 from .train import TrainConfig, Trainer
 
-# %% ../nbs/04e_speed.ipynb #09749eb3
+# %% ../nbs/04e_speed.ipynb #2cee0a2f
 def onnx_gmacs(
     path:str|Path, # ONNX file of fixed input size
 )->float: # billions
     "Multiplications of all convolutions for one image"
-    graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
-    weights = {w.name: w.dims for w in graph.initializer}
-    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in [*graph.value_info, *graph.output]}
-    convs = [n for n in graph.node if n.op_type == 'Conv']
-    return sum(prod(weights[n.input[1]]) * prod(shapes[n.output[0]][2:]) for n in convs)/1e9
+    model = onnx.load(path)
+    weights, convs = {w.name: w.dims for w in model.graph.initializer}, [n for n in model.graph.node if n.op_type == 'Conv']
+    known, names = {o.name for o in model.graph.output}, [n.output[0] for n in convs]
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names if name not in known)
+    session = InferenceSession(model.SerializeToString(), providers=['CPUExecutionProvider'])
+    images = session.get_inputs()[0]
+    maps = session.run(names, {images.name: np.zeros(images.shape, np.float32)})
+    return sum(prod(weights[n.input[1]])*prod(m.shape[2:]) for n, m in zip(convs, maps))/1e9
 
 # %% ../nbs/04e_speed.ipynb #9927f541
 def own_seconds(
