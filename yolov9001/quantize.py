@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHT_LEVEL', 'CALIBRATIONS', 'FIDELITY_IMAGES', 'Quantizer', 'Register', 'QuantConv2d', 'stored_tensors',
-           'register_tensors', 'Twin', 'switch', 'Histogram', 'best_high', 'calibrate', 'sensitivity', 'fidelity',
-           'weight_ranges', 'plot_fidelity', 'export_qdq', 'DistilledLoss', 'output_distance', 'Student',
+           'register_tensors', 'Twin', 'switch', 'Histogram', 'best_high', 'correct_biases', 'calibrate', 'sensitivity',
+           'fidelity', 'weight_ranges', 'plot_fidelity', 'export_qdq', 'DistilledLoss', 'output_distance', 'Student',
            'QuantizedTrainer', 'QuantConfig', 'finetune_config', 'finetune', 'code_differences']
 
 # %% ../nbs/03_quantize.ipynb #99be9d49
@@ -78,25 +78,30 @@ class Register(Quantizer):
         if self.observe: self.observe(self, x)
         return x
 
-# %% ../nbs/03_quantize.ipynb #7a117c87
+# %% ../nbs/03_quantize.ipynb #b671ae14
 WEIGHT_LEVEL = 126  # largest code; rknn-toolkit2 2.5.0 cannot hold 127 of a QDQ file exactly, see `04_rk3588_bench`
 
 class QuantConv2d(nn.Conv2d):
     "Convolution with INT8 weights (per channel, symmetric) and an INT32 bias"
     enabled = True
 
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.register_buffer('shift', torch.zeros(self.out_channels), persistent=False) # of the mean answer, by rounding; `correct_biases`
+
     def weight_scale(self)->Tensor: # (cout,)
         "Step of each output channel"
         return self.weight.detach().abs().amax((1, 2, 3)).clamp(min=1e-8) / WEIGHT_LEVEL
 
+    def rounded_weight(self)->Tensor: # of the shape of the weight
+        "The weight on its levels; the gradient passes through"
+        scale = self.weight_scale()
+        return torch.fake_quantize_per_channel_affine(self.weight, scale, torch.zeros_like(scale, dtype=torch.int32), 0, -WEIGHT_LEVEL, WEIGHT_LEVEL)
+
     def forward(self, x, input_scale):
         if not self.enabled or torch.onnx.is_in_onnx_export(): return super().forward(x)
-        scale = self.weight_scale()
-        step = scale * input_scale
-        bias = self.bias + ((self.bias / step).round() * step - self.bias).detach()
-        zeros = torch.zeros_like(scale, dtype=torch.int32)
-        weight = torch.fake_quantize_per_channel_affine(self.weight, scale, zeros, 0, -WEIGHT_LEVEL, WEIGHT_LEVEL)
-        return self._conv_forward(x, weight, bias)
+        step, bias = self.weight_scale() * input_scale, self.bias - self.shift
+        return self._conv_forward(x, self.rounded_weight(), bias + ((bias / step).round() * step - bias).detach())
 
 # %% ../nbs/03_quantize.ipynb #f5f44a37
 class _Trunk(nn.Module):
@@ -251,7 +256,21 @@ def best_high(
     cost = dict(mse=_rounding_error, kl=_divergence)[method]
     return min((high * part / 100 for part in range(30, 101)), key=lambda end: cost(centres, counts, end))
 
-# %% ../nbs/03_quantize.ipynb #5717743f
+# %% ../nbs/03_quantize.ipynb #4825308b
+@torch.no_grad()
+def correct_biases(
+    twin:Twin, # with ranges; in eval mode, switched on
+    images:Tensor, # uint8 (n, 3, H, W), of the training set
+    batch_size:int=8, # images at a time
+):
+    "Take the mean error of rounded weights out of the biases"
+    means = {conv: [] for conv in twin.modules() if isinstance(conv, QuantConv2d)}
+    hooks = [conv.register_forward_hook(lambda conv, inputs, _: means[conv].append(inputs[0].mean((2, 3)))) for conv in means]
+    for batch in images.split(batch_size): twin(batch)
+    for hook in hooks: hook.remove()
+    for conv, rows in means.items(): conv.shift.copy_((conv.rounded_weight() - conv.weight).sum((2, 3)) @ torch.cat(rows).mean(0))
+
+# %% ../nbs/03_quantize.ipynb #3ef79861
 @torch.no_grad()
 def calibrate(
     twin:Twin, # its ranges are set
@@ -259,7 +278,7 @@ def calibrate(
     method:str='mse', # one of `CALIBRATIONS`
     batch_size:int=8, # images at a time
 )->dict: # `Histogram` by quantizer name; raises `InputError` for an unknown method
-    "Find the range of every tensor"
+    "Find the range of every tensor, and correct the biases"
     if method not in CALIBRATIONS: raise InputError(f"calibration {method!r}: unknown; use one of {', '.join(CALIBRATIONS)}")
     found = {name: (module, Histogram()) for name, module in twin.graph.named_modules() if isinstance(module, Quantizer)}
     twin.eval(); switch(twin, False)
@@ -271,6 +290,7 @@ def calibrate(
         if name == 'levels_images': continue
         quantizer.set_range(histogram.low, histogram.high if isinstance(quantizer, Register) else best_high(histogram, method))
     switch(twin, True)
+    correct_biases(twin, images, batch_size)
     return {name: histogram for name, (_, histogram) in found.items()}
 
 # %% ../nbs/03_quantize.ipynb #f5587dba
@@ -374,7 +394,7 @@ def _name_nodes(file, twin):
         for i, (node, path) in enumerate(zip(nodes, paths, strict=True)): node.name = f'/{path}/{kind}_{i}'
     return file
 
-# %% ../nbs/03_quantize.ipynb #bf8672e9
+# %% ../nbs/03_quantize.ipynb #1bb6727b
 def export_qdq(
     twin:Twin, # calibrated
     path:str|Path, # of the file to write
@@ -383,6 +403,7 @@ def export_qdq(
 )->Path: # `path`
     "Write the twin as QDQ ONNX, with the outputs and the metadata of the float file"
     twin = copy.deepcopy(twin).cpu().eval()
+    for conv in [module for module in twin.modules() if isinstance(module, QuantConv2d)]: conv.bias.data -= conv.shift
     return write_onnx(twin, path, metadata, size, lambda file: _integer_weights(_name_nodes(file, twin), twin))
 
 # %% ../nbs/03_quantize.ipynb #e517a4b4
@@ -415,12 +436,13 @@ def output_distance(
         seen = seen + weight.sum()
     return distance / total(seen).clamp(min=1)
 
-# %% ../nbs/03_quantize.ipynb #af0cc42f
+# %% ../nbs/03_quantize.ipynb #59103bc5
 class Student(nn.Module):
     "A twin in training beside its float model"
     def __init__(self, twin:Twin, teacher:YOLOv9001):
         super().__init__()
         self.twin, self.teacher = twin, [teacher.deploy().train()]       # in a list: neither trained nor saved
+        for conv in [module for module in twin.modules() if isinstance(module, QuantConv2d)]: conv.shift.zero_()
 
     def forward(self, images):
         if not self.training: return self.twin(images)
