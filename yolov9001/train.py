@@ -308,10 +308,16 @@ def on_terminate(
     finally: signal.signal(signal.SIGTERM, before)
 
 @patch
+def leave(self:Trainer):
+    "End the exchange with the other processes; the wrapper lets go of it first, or the interpreter may abort at its end"
+    self.parallel = self.model
+    self.world.leave()
+
+@patch
 def stop(self:Trainer):
     "Leave, with the checkpoint written"
     if self.world.rank == 0: tqdm.write(f'stopped in epoch {self.epoch + 1} after {self.batch} batches; {self.out}/last.pt is whole, go on with --resume')
-    self.world.leave()
+    self.leave()
     raise SystemExit(0 if self.asked else 75)
 
 # %% ../nbs/02_train.ipynb #d25bb683
@@ -485,5 +491,5 @@ def train(
     elif overwrite and trainer.writes:
         for name in RUN_FILES: (trainer.out/name).unlink(missing_ok=True)
     trainer.fit(on_epoch)
-    trainer.world.leave()
+    trainer.leave()
     return trainer
