@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import psutil
@@ -140,46 +141,41 @@ def hosts(request):
     run(f'ip link del {tag}br')
 
 
-def test_a_host_dies_and_returns(digits, tmp_path, start, hosts):
+@pytest.fixture
+def pair(digits, tmp_path, start, hosts):
+    "A training of two hosts: `begin(i)` starts host i, `done(i)` tells its epochs, `finish` waits for both and compares what they have"
+    outs, logs = [tmp_path/f'host{i}' for i in (1, 2)], [tmp_path/f'log{i}' for i in (1, 2)]
+    def begin(i):
+        enter, address = hosts[i]
+        return start([*enter, *words(digits, outs[i], '--hosts', '10.99.0.11,10.99.0.12', '--address', address, '--devices', '1', epochs=EPOCHS)], logs[i])
+    def finish(first, second):
+        assert first.wait(400) == 0 and second.wait(400) == 0, logs[0].read_text() + logs[1].read_text()
+        one, two = (load_model(out/'last.pt') for out in outs)
+        assert one[1]['epoch'] == two[1]['epoch'] == EPOCHS
+        assert all(a.equal(b) for a, b in zip(one[0].state_dict().values(), two[0].state_dict().values()))
+        history = pd.read_csv(outs[0]/'history.csv')
+        assert history.epoch.tolist() == list(range(1, EPOCHS + 1)) and history['class'].iloc[-1] < history['class'].iloc[0]
+    return SimpleNamespace(begin=begin, done=lambda i: progress(outs[i]/'last.pt')[0], finish=finish)
+
+
+def test_a_host_dies_and_returns(pair):
     "Two hosts train, one is killed, the other goes on, the killed one returns with its old checkpoint, both finish"
-    outs, logs = [tmp_path/f'host{i}' for i in (1, 2)], [tmp_path/f'log{i}' for i in (1, 2)]
-    def begin(i):
-        enter, address = hosts[i]
-        return start([*enter, *words(digits, outs[i], '--hosts', '10.99.0.11,10.99.0.12', '--address', address, '--devices', '1', epochs=EPOCHS)], logs[i])
-    told = lambda i: logs[i].read_text() if logs[i].exists() else ''
-    done = lambda i: progress(outs[i]/'last.pt')[0]
-    first, second = begin(0), begin(1)
-    wait_for(lambda: min(done(0), done(1)) >= 2)
+    first, second = pair.begin(0), pair.begin(1)
+    wait_for(lambda: min(pair.done(0), pair.done(1)) >= 2)
     kill_all(second)
-    killed = done(1)
-    wait_for(lambda: done(0) >= killed + 3)
-    assert done(1) == killed
-    second = begin(1)
-    wait_for(lambda: done(1) > killed)
-    assert first.wait(400) == 0 and second.wait(400) == 0, told(0) + told(1)
-    one, two = (load_model(out/'last.pt') for out in outs)
-    assert one[1]['epoch'] == two[1]['epoch'] == EPOCHS
-    assert all(a.equal(b) for a, b in zip(one[0].state_dict().values(), two[0].state_dict().values()))
-    history = pd.read_csv(outs[0]/'history.csv')
-    assert history.epoch.tolist() == list(range(1, EPOCHS + 1)) and history['class'].iloc[-1] < history['class'].iloc[0]
+    killed = pair.done(1)
+    wait_for(lambda: pair.done(0) >= killed + 3)
+    assert pair.done(1) == killed
+    second = pair.begin(1)
+    wait_for(lambda: pair.done(1) > killed)
+    pair.finish(first, second)
 
 
-
-def test_the_meeting_point_dies_and_returns(digits, tmp_path, start, hosts):
+def test_the_meeting_point_dies_and_returns(pair):
     "The first host holds the rendezvous: without it the other cannot go on, asks again, and is there when it comes back"
-    outs, logs = [tmp_path/f'host{i}' for i in (1, 2)], [tmp_path/f'log{i}' for i in (1, 2)]
-    def begin(i):
-        enter, address = hosts[i]
-        return start([*enter, *words(digits, outs[i], '--hosts', '10.99.0.11,10.99.0.12', '--address', address, '--devices', '1', epochs=EPOCHS)], logs[i])
-    done = lambda i: progress(outs[i]/'last.pt')[0]
-    first, second = begin(0), begin(1)
-    wait_for(lambda: min(done(0), done(1)) >= 2)
+    first, second = pair.begin(0), pair.begin(1)
+    wait_for(lambda: min(pair.done(0), pair.done(1)) >= 2)
     kill_all(first)
     time.sleep(3)
-    assert second.poll() is None and done(1) < EPOCHS
-    first = begin(0)
-    assert first.wait(400) == 0 and second.wait(400) == 0, logs[0].read_text() + logs[1].read_text()
-    one, two = (load_model(out/'last.pt') for out in outs)
-    assert one[1]['epoch'] == two[1]['epoch'] == EPOCHS
-    assert all(a.equal(b) for a, b in zip(one[0].state_dict().values(), two[0].state_dict().values()))
-    assert pd.read_csv(outs[0]/'history.csv').epoch.tolist() == list(range(1, EPOCHS + 1))
+    assert second.poll() is None and pair.done(1) < EPOCHS
+    pair.finish(pair.begin(0), second)
