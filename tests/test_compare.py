@@ -45,7 +45,7 @@ def test_one_epoch_of_ours_and_a_peer_in_one_table(tiny):
 @needs_ultralytics
 def test_finished_rows_are_kept_and_other_budgets_refused(tiny):
     folder, words = tiny
-    before = {file: file.stat().st_mtime_ns for file in (folder/'out').glob('*/row.json')}
+    before = {file: file.stat().st_mtime_ns for file in (folder/'out').glob('*/val.json')}
     given = folder/'out'/'yolov8n-0'/'model.onnx'
     result = command(*words, '--models', f'ours,yolov8n,{given}=yolov9001.compare:decode_peer')
     assert result.returncode == 0, result.stderr

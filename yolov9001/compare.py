@@ -432,17 +432,17 @@ def obtain(
     path = export_peer(model, out/'model.onnx', splits['train'].class_names, size, best)
     return path, decode_peer, time.perf_counter() - start
 
-# %% ../nbs/04a_compare.ipynb #21cfc6ec
+# %% ../nbs/04a_compare.ipynb #db69c661
 def compare_one(
     model:str, # as `obtain` takes it
     seed:int, # of the training
     budget:Budget, # of the comparison
     out:str|Path, # folder of the comparison
 )->dict: # the row, read if it exists; raises `InputError` if that was made with another budget
-    "Obtain and measure one model, once"
+    "Obtain and measure one model, once; another split is measured without training again"
     name = Path(model.partition('=')[0]).stem if '.onnx' in model else model
     folder = Path(out)/f'{name}-{seed}'
-    file = folder/'row.json'
+    file = folder/f'{budget.split}.json'
     if file.exists():
         row = json.loads(file.read_text())
         changed = [f'{key}={row[key]}' for key, value in asdict(budget).items() if row[key] != value]
@@ -451,16 +451,17 @@ def compare_one(
     folder.mkdir(parents=True, exist_ok=True)
     path, function, seconds = obtain(model, seed, budget, folder)
     numbers = measure(path, load_split(budget.data, 'train'), load_split(budget.data, budget.split), function, budget.calibration)
-    row = dict(model=name, seed=seed, ours=model in CONFIGS, train_seconds=seconds) | asdict(budget) | numbers
+    row = dict(model=name, seed=seed, ours=model in CONFIGS, train_seconds=seconds, ultralytics=ultralytics_version()) | asdict(budget) | numbers
     with write_whole(file) as temporary: temporary.write_text(json.dumps(row, indent=2) + '\n')
     return row
 
-# %% ../nbs/04a_compare.ipynb #44270c04
+# %% ../nbs/04a_compare.ipynb #dc7eb803
 def read_rows(
     out:str|Path, # folder of the comparison
+    split:str='val', # that was measured
 )->pd.DataFrame: # a row a model and seed; raises `InputError` where there is none
     "All finished rows of a comparison"
-    rows = [json.loads(file.read_text()) for file in sorted(Path(out).glob('*/row.json'))]
+    rows = [json.loads(file.read_text()) for file in sorted(Path(out).glob(f'*/{split}.json'))]
     if not rows: raise InputError(f'{out}: no finished row; run yolov9001 compare --out {out}')
     return pd.DataFrame(rows)
 
@@ -507,7 +508,7 @@ def check_comparison(
         elif model not in CONFIGS and ultralytics_version() is None:
             raise InputError(f"{model}: not one of {', '.join(CONFIGS)}; for detectors of ultralytics, pip install -e '.[compare]'")
 
-# %% ../nbs/04a_compare.ipynb #d49226c3
+# %% ../nbs/04a_compare.ipynb #2871907f
 def compare(
     models:list, # as `obtain` takes them
     seeds:list, # each model is trained once with each; a given file once
@@ -519,7 +520,7 @@ def compare(
     out = Path(out)
     for model, seed in [(model, seed) for seed in seeds for model in models if '.onnx' not in model or seed == seeds[0]]:
         compare_one(model, seed, budget, out)
-        rows = read_rows(out)
+        rows = read_rows(out, budget.split)
         with write_whole(out/'compare.json') as temporary: rows.to_json(temporary, orient='records', indent=2)
         figure = plot_comparison(rows)
         with write_whole(out/'compare.png') as temporary: figure.savefig(temporary, dpi=120)
