@@ -84,14 +84,15 @@ class Assignment(NamedTuple):
     index: Tensor # (B, N) row of `targets`, 0 where not foreground
     score: Tensor # (B, N) target score 0..1, 0 where not foreground
 
-# %% ../nbs/01b_loss.ipynb #652be622
+# %% ../nbs/01b_loss.ipynb #6cbbcdc0
 class TaskAlignedAssigner:
     "Assign objects to the cells that already localise and classify them best (TOOD, arXiv 2108.07755)"
     def __init__(self,
         topk:int=10, # cells an object at most
         alpha:float=.5, # exponent of the class score
         beta:float=6., # exponent of the IoU
-    ): self.topk, self.alpha, self.beta = topk, alpha, beta
+        smallest:float=8., # as in `candidate_cells`
+    ): self.topk, self.alpha, self.beta, self.smallest = topk, alpha, beta, smallest
 
     @torch.no_grad()
     def __call__(self,
@@ -100,7 +101,7 @@ class TaskAlignedAssigner:
         points:Tensor, # centres (N, 2) in pixels
         targets:Tensor, # (B, M, 5): class, `xyxy` in pixels; class -1 is padding
     )->Assignment:
-        inside = candidate_cells(points, targets)
+        inside = candidate_cells(points, targets, self.smallest)
         image, row, cell = inside.nonzero(as_tuple=True)
         truth, classes = targets[image, row, 1:], targets[image, row, 0].long()
         overlap = (1 - complete_box_iou_loss(boxes[image, cell], truth)).clamp(min=0)
