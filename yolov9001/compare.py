@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PEERS', 'ultralytics_version', 'export_peer', 'peer_distances', 'peer_boxes', 'decode_peer', 'export_published',
-           'measure_published', 'write_yolo', 'train_peer', 'float_predictor', 'measure', 'Budget', 'resolve_decode',
-           'obtain', 'compare_one', 'read_rows', 'summarize', 'plot_comparison', 'check_comparison', 'compare']
+           'measure_published', 'write_yolo', 'train_peer', 'measure', 'Budget', 'resolve_decode', 'obtain',
+           'compare_one', 'read_rows', 'summarize', 'plot_comparison', 'check_comparison', 'compare']
 
-# %% ../nbs/04a_compare.ipynb #01d297ac
+# %% ../nbs/04a_compare.ipynb #7986a6a7
 import json
 import os
 import shutil
@@ -26,13 +26,12 @@ import onnx
 import pandas as pd
 import seaborn as sns
 import torch
-from onnxruntime import InferenceSession
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .core import InputError, project_folder, write_whole
 from .data import DetectionSet, load_split, sample_images
-from .evaluate import Detections, _suppress, decode, evaluate
+from .evaluate import Detections, _suppress, decode, evaluate, runtime_predictor
 from .latency import PUBLISHED, layer_work
 from .loss import anchor_points, flatten_levels
 from .model import CONFIGS, export_onnx
@@ -355,19 +354,7 @@ def train_peer(
         _finish_job(job, out/'train.log', f'{name} on {data}', lambda: bar.update(rows() - bar.n))
     return best
 
-# %% ../nbs/04a_compare.ipynb #63d46518
-def float_predictor(
-    path:str|Path, # any ONNX detector with one image input
-): # callable: uint8 images (B, 3, H, W) -> its outputs, stacked over the images
-    "Run any ONNX detector by ONNX Runtime on the CPU"
-    session = InferenceSession(str(path), providers=['CPUExecutionProvider'])
-    name = session.get_inputs()[0].name
-    def predict(images):
-        outputs = [session.run(None, {name: image[None]}) for image in np.asarray(images, np.float32)]
-        return [np.concatenate(level) for level in zip(*outputs)]
-    return predict
-
-# %% ../nbs/04a_compare.ipynb #eec1ab31
+# %% ../nbs/04a_compare.ipynb #47c18463
 def measure(
     path:str|Path, # any ONNX detector with one image input; a QDQ file brings its own INT8 scales
     train_split:DetectionSet, # its images set the ranges of INT8
@@ -379,7 +366,7 @@ def measure(
     onnx_file = read_onnx(path)
     size = onnx_file.shape[1:]
     images = None if onnx_file.quantized else sample_images(train_split, size, calibration).permute(0, 2, 3, 1).numpy()
-    exact = evaluate(float_predictor(path), val, size, decode=decode, progress=False)
+    exact = evaluate(runtime_predictor(path), val, size, decode=decode, progress=False)
     with TemporaryDirectory() as folder, Npu() as npu:
         compiled = npu.compile_onnx(path, Path(folder)/'model.rknn', calibration=images)
         rounded = evaluate(lambda images: npu(images.numpy()), val, size, decode=decode, progress=False)
@@ -432,7 +419,7 @@ def obtain(
     path = export_peer(model, out/'model.onnx', splits['train'].class_names, size, best)
     return path, decode_peer, time.perf_counter() - start
 
-# %% ../nbs/04a_compare.ipynb #db69c661
+# %% ../nbs/04a_compare.ipynb #a5d0148f
 def compare_one(
     model:str, # as `obtain` takes it
     seed:int, # of the training
@@ -455,7 +442,7 @@ def compare_one(
     with write_whole(file) as temporary: temporary.write_text(json.dumps(row, indent=2) + '\n')
     return row
 
-# %% ../nbs/04a_compare.ipynb #dc7eb803
+# %% ../nbs/04a_compare.ipynb #d06abb4a
 def read_rows(
     out:str|Path, # folder of the comparison
     split:str='val', # that was measured
@@ -508,7 +495,7 @@ def check_comparison(
         elif model not in CONFIGS and ultralytics_version() is None:
             raise InputError(f"{model}: not one of {', '.join(CONFIGS)}; for detectors of ultralytics, pip install -e '.[compare]'")
 
-# %% ../nbs/04a_compare.ipynb #2871907f
+# %% ../nbs/04a_compare.ipynb #c10dd795
 def compare(
     models:list, # as `obtain` takes them
     seeds:list, # each model is trained once with each; a given file once

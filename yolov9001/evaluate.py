@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MOST_CANDIDATES', 'OUTPUT_NAMES', 'PALETTE', 'Detections', 'decode', 'to_results', 'from_results', 'Evaluation',
-           'coco_metrics', 'detect_all', 'evaluate', 'Metadata', 'read_metadata', 'onnx_predictor', 'draw_detections']
+           'coco_metrics', 'detect_all', 'evaluate', 'Metadata', 'read_metadata', 'runtime_predictor', 'onnx_predictor',
+           'draw_detections']
 
-# %% ../nbs/01c_evaluate.ipynb #5404fe09
+# %% ../nbs/01c_evaluate.ipynb #bbf4a03d
 import json
 import warnings
 from collections import Counter
@@ -22,7 +23,7 @@ import numpy as np
 import onnx
 import torch
 from google.protobuf.message import DecodeError
-from onnxruntime import InferenceSession
+from onnxruntime import InferenceSession, SessionOptions
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -220,19 +221,32 @@ def read_metadata(
     except KeyError as key: raise InputError(f'{path}: no {key} in the metadata; {remedy}') from None
     except ValueError as error: raise InputError(f'{path}: {error}; {remedy}') from None
 
-# %% ../nbs/01c_evaluate.ipynb #867f9ac5
+# %% ../nbs/01c_evaluate.ipynb #eed941b9
+def runtime_predictor(
+    path:str|Path, # any ONNX file with one image input
+    names:list|None=None, # of outputs, all in their order if None
+)->Callable: # uint8 or float images (B, C, height, width) -> list of arrays, stacked over the images
+    "Run an ONNX file by ONNX Runtime on the CPU"
+    options = SessionOptions()
+    options.add_session_config_entry('session.x64quantprecision', '1')
+    session = InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+    images_name = session.get_inputs()[0].name
+    def predict(images):
+        outputs = [session.run(names, {images_name: image[None]}) for image in np.asarray(images, np.float32)]
+        return [np.concatenate(level) for level in zip(*outputs)]
+    return predict
+
+# %% ../nbs/01c_evaluate.ipynb #1e267dd3
 def onnx_predictor(
     path:str|Path, # an ONNX file by the contract
 )->Callable: # uint8 or float images (B, 3, height, width), RGB 0..255 -> six arrays in the order of `decode`
     "Run an ONNX detector by ONNX Runtime on the CPU; raises `InputError` as `read_metadata` does"
-    size = read_metadata(path).input_size
-    session = InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    size, run = read_metadata(path).input_size, runtime_predictor(path, OUTPUT_NAMES)
     def predict(images):
         if tuple(images.shape[2:]) != size:
             raise InputError(f"{path}: made for {size[0]}x{size[1]} pixels, got {images.shape[2]}x{images.shape[3]}; "
                 "use its own size")
-        outputs = [session.run(OUTPUT_NAMES, dict(images=image[None])) for image in np.asarray(images, np.float32)]
-        return [np.concatenate(level) for level in zip(*outputs)]
+        return run(images)
     return predict
 
 # %% ../nbs/01c_evaluate.ipynb #0a8e2cd5

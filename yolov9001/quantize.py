@@ -6,7 +6,7 @@
 __all__ = ['WEIGHT_LEVEL', 'CALIBRATIONS', 'FIDELITY_IMAGES', 'Quantizer', 'Register', 'QuantConv2d', 'stored_tensors',
            'register_tensors', 'Twin', 'switch', 'Histogram', 'best_high', 'correct_biases', 'calibrate', 'sensitivity',
            'fidelity', 'weight_ranges', 'plot_fidelity', 'export_qdq', 'DistilledLoss', 'output_distance', 'Student',
-           'QuantizedTrainer', 'QuantConfig', 'finetune_config', 'finetune', 'code_differences']
+           'QuantizedTrainer', 'QuantConfig', 'finetune_config', 'finetune']
 
 # %% ../nbs/03_quantize.ipynb #99be9d49
 import copy
@@ -501,12 +501,3 @@ def finetune(
     if resume and (trainer.out/'last.pt').exists(): trainer.resume()
     trainer.fit()
     return trainer
-
-# %% ../nbs/03_quantize.ipynb #63d34a91
-def code_differences(
-    outputs:list, # six arrays or tensors on the grid of 1/255
-    others:list, # the same of another runtime
-)->pd.Series: # share 0..1 by difference in codes, -n .. n
-    "How often outputs differ by how many codes"
-    steps = [(255 * (torch.as_tensor(a) - torch.as_tensor(b))).round().ravel() for a, b in zip(outputs, others)]
-    return pd.Series(torch.cat(steps).int().numpy()).value_counts(normalize=True).sort_index()

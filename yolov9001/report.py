@@ -6,7 +6,7 @@
 __all__ = ['EVALUATIONS', 'save_evaluation', 'read_evaluations', 'embed', 'plot_history', 'plot_classes', 'count_unmatched',
            'draw_side_by_side', 'versions', 'report_pictures', 'report_mistakes', 'write_report']
 
-# %% ../nbs/04b_report.ipynb #d80c75e9
+# %% ../nbs/04b_report.ipynb #98ce0668
 import base64
 import dataclasses
 import importlib.metadata
@@ -26,6 +26,7 @@ import torch
 import yaml
 from torchvision.ops import box_iou
 
+from .agreement import plot_agreement
 from .core import InputError, write_json, write_whole
 from .data import DetectionSet
 from .evaluate import Detections, Evaluation, draw_detections, from_results
@@ -121,7 +122,7 @@ def versions(
     installed = {d.metadata['Name'].lower(): d.version for d in importlib.metadata.distributions() if d.metadata['Name']}
     return {'python': platform.python_version(), **{name: installed.get(name, 'not installed') for name in names}}
 
-# %% ../nbs/04b_report.ipynb #a66e4d8c
+# %% ../nbs/04b_report.ipynb #6a4376b0
 _PAGE = jinja2.Template('''<!doctype html><html lang="en"><meta charset="utf-8"><title>YOLOv9001 · {{ name }}</title>
 <style>body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}img{max-width:100%}
 table{border-collapse:collapse}td,th{padding:.2em .9em;text-align:left;border-bottom:1px solid #ddd}.big{font-size:2em}.note{color:#666}</style>
@@ -139,6 +140,8 @@ table{border-collapse:collapse}td,th{padding:.2em .9em;text-align:left;border-bo
 <h2>Accuracy by class</h2><img src="{{ classes }}">
 <h2>What goes wrong</h2><p class="note">AP50 that an oracle would gain by mending one kind of mistake, and objects found with a score above {{ confidence }}, by their size</p><img src="{{ mistakes }}"><h2>Training</h2><img src="{{ history }}">
 <h2>Quantization, tensor by tensor</h2><p class="note">Of the calibrated model on {{ samples }} images of the val split</p><img src="{{ fidelity }}">
+<h2>The twin and the simulator</h2><p class="note">Output codes of the last INT8 model on {{ samples }} images of the val split{% if not tensors %};
+tensor by tensor: yolov9001 quantize RUN --agreement{% endif %}</p><img src="{{ agreement }}">
 <h2>Where time and bytes go</h2><p class="note">Estimated, from the compiler's layer table (layers.csv)</p><img src="{{ layers }}">
 <h2>All numbers</h2><table>{% for k, v in m.items() %}<tr><th>{{ k }}<td>{{ v }}{% endfor %}</table>
 <h2>Made with</h2><table>{% for k, v in versions.items() %}<tr><th>{{ k }}<td>{{ v }}{% endfor %}</table>
@@ -172,7 +175,7 @@ def report_mistakes(
     return plot_mistakes(pd.DataFrame({name: mistake_costs(part, own) for name, own in kept.items()}).T,
                          {name: recall_by_size(part, own) for name, own in kept.items()})
 
-# %% ../nbs/04b_report.ipynb #9d53389f
+# %% ../nbs/04b_report.ipynb #573da2ce
 def write_report(
     folder:str|Path, # of a run; raises `InputError` when a stage's file is missing
     detection_set:DetectionSet, # its val split
@@ -180,11 +183,12 @@ def write_report(
     "Write the report of a run"
     folder = Path(folder)
     needed = ('config.yaml', 'metrics.json', 'history.csv', 'layers.csv', 'fidelity.csv', 'weight_ranges.csv',
-              'evaluation_fp32.json', 'evaluation_int8_ptq.json')
+              'code_differences.csv', 'evaluation_fp32.json', 'evaluation_int8_ptq.json')
     for name in needed:
         if not (folder/name).exists():
             raise InputError(f'{folder/name}: missing; run the stage that writes it, or all of them with yolov9001 run')
     table = lambda name: pd.read_csv(folder/f'{name}.csv')
+    tensors = table('agreement') if (folder/'agreement.csv').exists() else None
     evaluations, confidence = read_evaluations(folder), .3
     ids = [r.image_id for r in detection_set.records]
     found, shown = ({name: from_results(e['detections'], ids, detection_set.category_ids, least) for name, e in evaluations.items()}
@@ -194,6 +198,7 @@ def write_report(
         config=yaml.safe_load((folder/'config.yaml').read_text()), confidence=confidence, samples=FIDELITY_IMAGES,
         classes=embed(plot_classes(evaluations)), mistakes=embed(report_mistakes(detection_set, found)), history=embed(plot_history(table('history'))),
         fidelity=embed(plot_fidelity(table('fidelity'), table('weight_ranges'))),
+        agreement=embed(plot_agreement(table('code_differences').set_index('difference').share, tensors)), tensors=tensors is not None,
         layers=embed(plot_layers(table('layers'))), **report_pictures(detection_set, shown))
     with write_whole(folder/'report.html') as temporary: temporary.write_text(page)
     return folder/'report.html'

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'ALGORITHMS', 'toolkit_version', 'OnnxFile', 'read_onnx', 'random_calibration', 'Compiled', 'Npu',
-           'mixed_outputs', 'bench', 'bench_board', 'bench_targets']
+           'simulate_file', 'mixed_outputs', 'bench', 'bench_board', 'bench_targets']
 
 # %% ../nbs/04_rk3588_bench.ipynb #704453c9
 import os
@@ -306,6 +306,17 @@ def simulate(self:Npu,
 # %% ../nbs/04_rk3588_bench.ipynb #eed3168c
 @patch
 def __call__(self:Npu, images): return self.simulate(images)
+
+# %% ../nbs/04_rk3588_bench.ipynb #b46ff18a
+def simulate_file(
+    path:str|Path,    # ONNX file, as `Npu.compile_onnx` takes it
+    images,           # as `Npu.simulate` takes them
+    calibration=None, # as `Npu.compile_onnx` takes it
+)->list: # one float32 array per ONNX output
+    "What the NPU would answer, by a compilation that is not kept"
+    with TemporaryDirectory() as folder, Npu() as npu:
+        npu.compile_onnx(path, Path(folder)/'model.rknn', calibration=calibration)
+        return npu(images)
 
 # %% ../nbs/04_rk3588_bench.ipynb #40c724f0
 def _score_levels(output):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'RunConfig', 'check_config', 'update_metrics', 'read_config', 'write_config', 'train_stage', 'simulate',
-           'calibrated_twin', 'sensitivity_stage', 'quantize_stage', 'run_notebook', 'run', 'load_predictor',
-           'list_images', 'detect', 'command', 'add_arguments', 'describe_knobs', 'main', 'run_config', 'distribute']
+           'calibrated_twin', 'sensitivity_stage', 'agreement_stage', 'quantize_stage', 'run_notebook', 'run',
+           'load_predictor', 'list_images', 'detect', 'command', 'add_arguments', 'describe_knobs', 'main',
+           'run_config', 'distribute']
 
-# %% ../nbs/05_workbook.ipynb #b1557720
+# %% ../nbs/05_workbook.ipynb #a383515f
 import argparse
 import inspect
 import json
@@ -16,6 +17,7 @@ import sys
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import cv2
 import numpy as np
@@ -30,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
+from .agreement import code_differences, layer_agreement
 from .cluster import REFUSAL, Plan, launch, make_plan, negotiate
 from .compare import Budget, compare, summarize
 from .core import InputError, project_folder, write_json, write_whole
@@ -38,9 +41,9 @@ from .evaluate import (Evaluation, decode, draw_detections, evaluate, onnx_predi
                                 to_results)
 from .model import count_parameters, export_onnx, layer_costs, onnx_metadata
 from .report import save_evaluation, write_report
-from .quantize import (CALIBRATIONS, FIDELITY_IMAGES, QuantConfig, Twin, calibrate, code_differences, export_qdq,
+from .quantize import (CALIBRATIONS, FIDELITY_IMAGES, QuantConfig, Twin, calibrate, export_qdq,
                                 fidelity, finetune, sensitivity, weight_ranges)
-from .rk3588_bench import TARGETS, Npu, bench, bench_board, toolkit_version
+from .rk3588_bench import TARGETS, Npu, bench, bench_board, simulate_file, toolkit_version
 from .train import RUN_FILES, load_data, load_model, make_config, predictor, train
 
 # %% ../nbs/05_workbook.ipynb #1c1f0fd3
@@ -120,7 +123,7 @@ def train_stage(
         input_size=size[0] if size[0] == size[1] else f'{size[0]}x{size[1]}', train_seconds=trainer.seconds,
         train_images_per_s=len(trainer.train) * config.epochs / trainer.seconds)
 
-# %% ../nbs/05_workbook.ipynb #284bc2a2
+# %% ../nbs/05_workbook.ipynb #505fca34
 def simulate(
     config:RunConfig, # its `out` and `target`
     npu:Npu, # compiles and simulates
@@ -135,12 +138,13 @@ def simulate(
     compiled = npu.compile_onnx(out/'model_int8.onnx', out/'model.rknn', config.target)
     compiled.save_layers(out/'layers.csv')
     images = sample_images(val, size, FIDELITY_IMAGES)
-    with torch.no_grad(): shares = 100 * code_differences(twin(images), npu(images))
+    with torch.no_grad(): shares = code_differences(twin(images), npu(images))
+    with write_whole(out/'code_differences.csv') as temporary: shares.rename_axis('difference').rename('share').to_csv(temporary)
     result = evaluate(npu, val, size)
     save_evaluation(result, out/f'evaluation_{name}.json')
     numbers = {key: value for key, value in compiled.metrics().items() if isinstance(value, (int, float))}
     return update_metrics(out, **{f'map_{name}': result.map, f'map50_{name}': result.map50}, **numbers,
-                          codes_equal=shares.loc[0], codes_within_one=shares.loc[-1:1].sum(),
+                          codes_equal=100 * shares.loc[0], codes_within_one=100 * shares.loc[-1:1].sum(),
                           score_levels=len({row['score'] for row in result.detections}))
 
 # %% ../nbs/05_workbook.ipynb #296195f6
@@ -164,6 +168,21 @@ def sensitivity_stage(
     _, twin = calibrated_twin(config, train_split)
     table = sensitivity(twin, sample_images(val, parse_size(config.input_size), FIDELITY_IMAGES))
     with write_whole(f'{config.out}/sensitivity.csv') as temporary: table.to_csv(temporary, index=False)
+    return table
+
+# %% ../nbs/05_workbook.ipynb #aaecc756
+def agreement_stage(
+    config:RunConfig, # of a run whose `best.pt` exists
+)->pd.DataFrame: # as `layer_agreement` gives it, also written to `agreement.csv` of the run
+    "Tell how exactly the simulator follows the calibrated twin, tensor by tensor"
+    check_config(config)
+    out, size, (train_split, val) = Path(config.out), parse_size(config.input_size), load_data(config)
+    model, twin = calibrated_twin(config, train_split)
+    with TemporaryDirectory() as folder:
+        path = export_qdq(twin, f'{folder}/model_int8.onnx', onnx_metadata(model, val.class_names, size), size)
+        table = layer_agreement(twin, path, sample_images(val, size, FIDELITY_IMAGES), simulate_file)
+    with write_whole(out/'agreement.csv') as temporary: table.to_csv(temporary, index=False)
+    if (out/'report.html').exists(): write_report(out, val)
     return table
 
 # %% ../nbs/05_workbook.ipynb #c39810ca
@@ -395,7 +414,7 @@ def _train(*,
     print_json(data=metrics)
     print(f'wrote {out}/best.pt and {out}/model.onnx')
 
-# %% ../nbs/05_workbook.ipynb #6947cf02
+# %% ../nbs/05_workbook.ipynb #65f78809
 @command
 def _quantize(
     run:str, # folder of a run
@@ -403,6 +422,7 @@ def _quantize(
     p:list=None, # name=value, those of quantization among the parameters below; may be repeated
     resume:bool=False, # continue an interrupted quantization-aware training
     sensitivity:bool=False, # only tell which layers lose most when they alone are quantized
+    agreement:bool=False, # only tell how exactly the simulator follows, tensor by tensor; takes minutes
 ):
     "Calibrate, train on in INT8, compile and simulate the model of a run"
     if sensitivity:
@@ -410,6 +430,12 @@ def _quantize(
         for row in sensitivity_stage(run_config(None, run, run, p)).head(20).itertuples(): table.add_row(row.name, row.part, f'{row.error:.3f}')
         Console().print(table)
         return print(f'wrote {run}/sensitivity.csv with all layers')
+    if agreement:
+        table = Table('tensor', 'equal codes', 'within one', 'largest difference')
+        for row in agreement_stage(run_config(None, run, run, p)).itertuples():
+            table.add_row(row.name, f'{row.equal:.2%}', f'{row.within_one:.3%}', str(row.largest))
+        Console().print(table)
+        return print(f'wrote {run}/agreement.csv')
     print_json(data=quantize_stage(run_config(None, run, run, p), resume))
     print(f'wrote {run}/model_int8.onnx, {run}/model.rknn and {run}/layers.csv')
 
