@@ -7,7 +7,7 @@ __all__ = ['VARIANTS', 'STORED', 'LOSSES', 'CHANGES', 'RECIPE', 'PARTS', 'SPPF',
            'make_variant', 'observe_boxes', 'varifocal_loss', 'MuonAdamW', 'VariantTrainer', 'measure', 'ablate',
            'worth', 'plot_worth']
 
-# %% ../nbs/03b_ablation.ipynb #86258e04
+# %% ../nbs/03b_ablation.ipynb #066cd8a6
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -104,7 +104,7 @@ class ConcatBottomUp(BottomUp):
         p4 = self.aggregate4(torch.cat([self.down4(n3), self.lateral4(n4)], 1))
         return n3, p4, self.aggregate5(torch.cat([self.down5(p4), self.lateral5(n5)], 1))
 
-# %% ../nbs/03b_ablation.ipynb #6e10550e
+# %% ../nbs/03b_ablation.ipynb #482b980c
 def _with_sppf(model):
     width = CONFIGS[model.config].widths[2]
     model.backbone.pool = SPPF(width, width)
@@ -172,7 +172,7 @@ def varifocal_loss(
     weight = torch.where(wanted > 0, wanted, alpha * logits.detach().sigmoid()**gamma)
     return F.binary_cross_entropy_with_logits(logits, wanted, weight, reduction='sum')
 
-# %% ../nbs/03b_ablation.ipynb #96d517d3
+# %% ../nbs/03b_ablation.ipynb #5ba0d155
 class MuonAdamW:
     "Muon for convolution weights, one row an output channel, and AdamW for the rest"
     def __init__(self,
@@ -180,7 +180,7 @@ class MuonAdamW:
     ):
         own = OPTIMIZERS['adamw']
         self.weights = [p for p in model.parameters() if p.ndim == 4]
-        self.rows = [nn.Parameter(p.detach().flatten(1)) for p in self.weights]
+        self.rows = [nn.Parameter(p.detach().flatten(1).clone()) for p in self.weights]
         self.parts = [torch.optim.Muon(self.rows, **own, adjust_lr_fn='match_rms_adamw'),
                       torch.optim.AdamW([p for p in model.parameters() if p.ndim != 4], own['lr'], weight_decay=0.)]
         self.param_groups = [group for part in self.parts for group in part.param_groups]
@@ -198,7 +198,7 @@ class MuonAdamW:
 
     def state_dict(self): return {'parts': [part.state_dict() for part in self.parts]}
 
-# %% ../nbs/03b_ablation.ipynb #5a7c8b86
+# %% ../nbs/03b_ablation.ipynb #c0a53f5d
 LOSSES = {'GIoU': dict(box_loss=generalized_box_iou_loss), 'varifocal loss': dict(class_loss=varifocal_loss),
           'no small targets': dict(assigner=TaskAlignedAssigner(smallest=0.)),
           '13 candidates': dict(assigner=TaskAlignedAssigner(topk=13)), 'IoU to the 4th': dict(assigner=TaskAlignedAssigner(beta=4.))}
@@ -207,7 +207,7 @@ CHANGES = {'no auxiliary branch': dict(auxiliary_weight=0.), 'SGD': dict(optimiz
            'half the rate': dict(lr=.001), 'twice the rate': dict(lr=.004), 'no average': dict(ema_decay=0.), 'short average': dict(ema_decay=.95),
            'no mosaic': dict(mosaic=0.), 'little zoom': dict(scale=.2), 'batch of 8': dict(batch_size=8), 'auxiliary as heavy': dict(auxiliary_weight=1.)}
 
-# %% ../nbs/03b_ablation.ipynb #76039609
+# %% ../nbs/03b_ablation.ipynb #f5882216
 class VariantTrainer(Trainer):
     "Training of a variant"
     def __init__(self,
@@ -238,7 +238,7 @@ def measure(
     kinds = STORED if trainer.variant == 'ours' else {'six sigmoids': STORED['six sigmoids']}
     return {'float': evaluate(predictor(model), val, size, progress=False).map} | {name: ap(stored) for name, stored in kinds.items()}
 
-# %% ../nbs/03b_ablation.ipynb #3cad9e59
+# %% ../nbs/03b_ablation.ipynb #3683bd8a
 # The recipe of `make demo`, one epoch shorter
 RECIPE = TrainConfig(input_size='128x160', epochs=19, batch_size=8, lr=.005, mosaic=0., scale=.2, hue=0., saturation=.3, value=.3, flip=0.,
                      auxiliary_weight=0., evaluate_every=19)
