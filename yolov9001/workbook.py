@@ -101,7 +101,7 @@ def write_config(
     with write_whole(Path(config.out)/'config.yaml') as temporary:
         temporary.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
 
-# %% ../nbs/05_workbook.ipynb #2bb35247
+# %% ../nbs/05_workbook.ipynb #8002f2ed
 def train_stage(
     config:RunConfig, # of the run
     resume:bool=False, # continue the run in `config.out`
@@ -121,7 +121,8 @@ def train_stage(
         out, map_fp32=result.map, map50_fp32=result.map50, images_val=result.images, seed=config.seed,
         params_deploy=count_parameters(model.deploy()), gmacs_deploy=costs.macs.sum() / 1e9,
         input_size=size[0] if size[0] == size[1] else f'{size[0]}x{size[1]}', train_seconds=trainer.seconds,
-        train_images_per_s=len(trainer.train) * config.epochs / trainer.seconds)
+        train_images_per_s=len(trainer.train) * config.epochs / trainer.seconds,
+        train_precision='bfloat16' if trainer.bfloat16 else 'float32')
 
 # %% ../nbs/05_workbook.ipynb #505fca34
 def simulate(

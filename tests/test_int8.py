@@ -1,0 +1,46 @@
+"INT8 loses nothing: a detector trained on real images until it finds them, quantized, and run by the simulator and by ONNX Runtime."
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from yolov9001.core import shared_folder
+from yolov9001.data import load_split
+from yolov9001.evaluate import evaluate, onnx_predictor
+from yolov9001.rk3588_bench import toolkit_version
+
+CELLS = shared_folder()/'data'/'bccd'
+KNOBS = dict(input_size='96x128', epochs=16, batch_size=8, lr=.004, mosaic=0, scale=.2, auxiliary_weight=0, evaluate_every=16, qat_epochs=2, device='cpu')
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    "Folder and metrics of a run on blood cells"
+    if toolkit_version() is None: pytest.skip('rknn-toolkit2 is not installed')
+    if not CELLS.exists(): pytest.skip(f'{CELLS} is not there')
+    out = tmp_path_factory.mktemp('int8')/'run'
+    words = [word for name, value in KNOBS.items() for word in ('-p', f'{name}={value}')]
+    result = subprocess.run([Path(sys.executable).parent/'yolov9001', 'run', '--data', CELLS, '--out', out, *words], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return out, json.loads((out/'metrics.json').read_text())
+
+
+def test_int8_keeps_what_float_found(trained):
+    _, metrics = trained
+    assert metrics['map_fp32'] > 30                                 # else there is nothing to lose
+    assert metrics['map_fp32'] - metrics['map_int8_ptq'] < .7
+    assert metrics['map_fp32'] - metrics['map_int8_qat'] < .7       # one seed; README has the mean of three at full size
+    assert (metrics['cpu_layers'], metrics['float_layers']) == (0, 0)
+
+
+def test_the_twin_foresees_the_codes_of_the_simulator(trained):
+    _, metrics = trained
+    assert metrics['codes_within_one'] > 99 and metrics['codes_equal'] > 90
+
+
+def test_onnxruntime_finds_the_same(trained):
+    out, metrics = trained
+    found = evaluate(onnx_predictor(out/'model_int8.onnx'), load_split(CELLS, 'val'), (96, 128), progress=False).map
+    assert abs(found - metrics['map_int8_qat']) < .2
