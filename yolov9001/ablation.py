@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['BINS', 'VARIANTS', 'STORED', 'LOSSES', 'CHANGES', 'RECIPE', 'PARTS', 'SPPF', 'RepVGGBlock', 'ConcatTopDown',
            'ConcatBottomUp', 'make_variant', 'observe_boxes', 'varifocal_loss', 'MuonAdamW', 'assigned_codes',
-           'distribution_loss', 'DistributionLoss', 'VariantTrainer', 'measure', 'ablate', 'worth', 'plot_worth']
+           'distribution_loss', 'DistributionLoss', 'VariantTrainer', 'measure', 'ablate', 'read_results', 'worth',
+           'plot_worth']
 
 # %% ../nbs/03b_ablation.ipynb #aa508539
 import json
@@ -323,6 +324,14 @@ def ablate(
             raise InputError(f'{path}: of another recipe; choose another folder, or delete it')
         rows.append(row)
     return pd.DataFrame(rows)
+
+# %% ../nbs/03b_ablation.ipynb #0e65d5fa
+def read_results(
+    folder:str|Path, # of an ablation
+)->pd.DataFrame: # variant, seed, float and INT8 AP, a row a run
+    "What an ablation has finished so far"
+    rows = [json.loads(path.read_text()) for path in sorted(Path(folder).glob('*/result.json'))]
+    return pd.DataFrame([{name: value for name, value in row.items() if name != 'config'} for row in rows])
 
 # %% ../nbs/03b_ablation.ipynb #e6961fe1
 def worth(
