@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from yolov9001 import board, rk3588_bench
 from yolov9001.core import InputError
 from yolov9001.data import load_split, make_digits
-from yolov9001.evaluate import detect_all
+from yolov9001.evaluate import detect_all, runtime_predictor
 from yolov9001.latency import estimate_ms, parse_layer_table
 from yolov9001.rk3588_bench import Npu, bench, bench_board, read_onnx, toolkit_version
 
@@ -105,11 +105,9 @@ def test_detector_is_all_int8_on_the_npu_and_the_simulator_repeats_itself(detect
 @needs_toolkit
 def test_int8_weights_of_a_qdq_file_are_the_ones_that_run(images, tmp_path, monkeypatch):
     "Left to itself, the toolkit quantizes them a second time: then many codes of the output move"
-    import onnxruntime
     step = .0973                                            # sums never fall on one half, where runtimes round differently
     path = quantized_file(tmp_path/'weights.onnx', step, 'Relu')
-    pixels = images.transpose(0, 3, 1, 2).astype(np.float32)
-    wanted = np.concatenate([onnxruntime.InferenceSession(path).run(None, {'images': image[None]})[0] for image in pixels])
+    wanted = runtime_predictor(path)(images.transpose(0, 3, 1, 2))[0]
     def equal():
         with Npu() as npu:
             npu.compile_onnx(path, tmp_path/'weights.rknn')
