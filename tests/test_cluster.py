@@ -1,5 +1,6 @@
 "Training on several processes and hosts, through what may happen to them: real processes, hosts are network namespaces."
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -59,6 +60,16 @@ def kill_all(process):
     process.wait()
 
 
+def trainers(process):
+    "The processes that train under a launcher"
+    return [child for child in psutil.Process(process.pid).children(recursive=True) if '--resume' in child.cmdline() and '-m' not in child.cmdline()]
+
+
+def asked_to_end(process):
+    "Whether SIGTERM waits for a process that is suspended"
+    return int(re.search(r'ShdPnd:\s*(\w+)', Path(f'/proc/{process.pid}/status').read_text())[1], 16) >> (signal.SIGTERM - 1) & 1
+
+
 def test_two_devices_of_one_host(digits, tmp_path, start):
     "One command, two processes, one writer; a last small batch that not all have a part in"
     log = tmp_path/'log'
@@ -96,7 +107,7 @@ def test_sigterm_to_several_processes(digits, tmp_path, start):
     assert 'last.pt is whole' in log.read_text() and stopped < (12, 0)
     process = begin('--resume')
     wait_for(lambda: progress(out/'last.pt') > stopped)
-    [child for child in psutil.Process(process.pid).children(recursive=True) if '--resume' in child.cmdline()][-1].kill()
+    trainers(process)[-1].kill()
     assert process.wait(400) == 0, log.read_text()
     assert pd.read_csv(out/'history.csv').epoch.tolist() == list(range(1, 13))
 
@@ -166,7 +177,11 @@ def test_a_host_dies_and_returns(pair):
     killed = pair.done(1)
     wait_for(lambda: pair.done(0) >= killed + 3)
     assert pair.done(1) == killed
+    survivor, = trainers(first)
+    survivor.suspend()                                      # or it may be done before the other has started
     second = pair.begin(1)
+    wait_for(lambda: asked_to_end(survivor))                # the launcher has seen the other
+    survivor.resume()
     wait_for(lambda: pair.done(1) > killed)
     pair.finish(first, second)
 
