@@ -13,7 +13,7 @@ from yolov9001.evaluate import evaluate, onnx_predictor
 from yolov9001.rk3588_bench import toolkit_version
 
 CELLS = shared_folder()/'data'/'bccd'
-KNOBS = dict(input_size='96x128', epochs=16, batch_size=8, lr=.004, mosaic=0, scale=.2, auxiliary_weight=0, evaluate_every=16, qat_epochs=2, device='cpu')
+KNOBS = dict(input_size='96x160', epochs=16, batch_size=8, lr=.004, mosaic=0, scale=.2, auxiliary_weight=0, evaluate_every=16, qat_epochs=2, device='cpu')
 
 
 @pytest.fixture(scope='module')
@@ -44,5 +44,5 @@ def test_the_twin_foresees_the_codes_of_the_simulator(trained):
 
 def test_onnxruntime_finds_the_same(trained):
     out, metrics = trained
-    found = evaluate(onnx_predictor(out/'model_int8.onnx'), load_split(CELLS, 'val'), (96, 128), progress=False).map
+    found = evaluate(onnx_predictor(out/'model_int8.onnx'), load_split(CELLS, 'val'), (96, 160), progress=False).map
     assert abs(found - metrics['map_int8_qat']) < .2
