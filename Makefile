@@ -21,8 +21,8 @@ check-export: .venv/installed
 # rknn-toolkit2 declares old torch and opencv, works with current ones, and runs on x86-64 Linux only: it comes without its pins
 .venv/installed: settings.ini setup.py
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --no-compile -e '.[dev]'
-	if [ "$$(uname -sm)" = "Linux x86_64" ]; then $(BIN)/pip install -q --no-compile --no-deps rknn-toolkit2==2.5.0; fi
+	$(BIN)/pip install -q -e '.[dev]'
+	if [ "$$(uname -sm)" = "Linux x86_64" ]; then $(BIN)/pip install -q --no-deps rknn-toolkit2==2.5.0; fi
 	touch $@
 
 clean:
