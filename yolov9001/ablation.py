@@ -251,7 +251,7 @@ class DistributionLoss(DualLoss):
         logits = [conv(x).float() for conv, x in zip(self.model.distribution, features)]
         foreground, code, wanted, score = assigned_codes(outputs[:6], targets, self.branch.assigner)
         chances = flatten_levels(logits)[foreground].unflatten(1, (4, BINS + 1))
-        mean = (chances.softmax(-1) * torch.linspace(0, 1, BINS + 1)).sum(-1)
+        mean = (chances.softmax(-1) * torch.linspace(0, 1, BINS + 1, device=chances.device)).sum(-1)
         distance = distribution_loss(chances, wanted) + (code - mean.detach()).square().sum(-1)
         parts['distribution'] = self.weight * (distance * score).sum() / self.branch.total(score.sum()).clamp(min=1)
         return total + parts['distribution'], parts | {'distribution': parts['distribution'].item()}
