@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'OUTPUT_NAMES', 'ModelConfig', 'Backbone', 'aggregate', 'TopDown', 'BottomUp', 'Head', 'YOLOv9001',
-           'npu_cycles', 'layer_costs', 'count_parameters', 'model_table', 'onnx_metadata', 'write_onnx', 'export_onnx']
+           'npu_cycles', 'layer_costs', 'count_parameters', 'model_table', 'onnx_metadata', 'split_maxima',
+           'write_onnx', 'export_onnx']
 
 # %% ../nbs/01_model.ipynb #da87543f
 import json
@@ -230,7 +231,23 @@ def onnx_metadata(
     return {'model': 'yolov9001', 'config': model.config, 'strides': ','.join(map(str, model.strides)), 'box_code': 'rational',
             'class_names': json.dumps(list(class_names)), 'input_size': f'{size[0]}x{size[1]}'}
 
-# %% ../nbs/01_model.ipynb #62e66828
+# %% ../nbs/01_model.ipynb #0b0c5341
+def split_maxima(
+    graph:onnx.ModelProto, # with fixed shapes, changed in place
+)->onnx.ModelProto: # the same
+    "Write each 5x5 maximum of a map with a side of 4 as two of 3x3"
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in onnx.shape_inference.infer_shapes(graph).graph.value_info}
+    nodes = []
+    for node in graph.graph.node:
+        whole, half = node.output[0], f'{node.output[0]}_half'
+        if node.op_type != 'MaxPool' or all(side.dim_value != 4 for side in shapes[whole][2:]): nodes.append(node)
+        else: nodes += [onnx.helper.make_node('MaxPool', [source], [result], f'{node.name}_{part}', kernel_shape=[3, 3], pads=pads)
+                        for part, source, result, pads in (('low', node.input[0], half, [2, 2, 0, 0]), ('high', half, whole, [0, 0, 2, 2]))]
+    del graph.graph.node[:]
+    graph.graph.node.extend(nodes)
+    return graph
+
+# %% ../nbs/01_model.ipynb #e4c5178f
 def write_onnx(
     module:nn.Module, # on the CPU, in eval mode: pixels (1, 3, H, W) -> the six outputs
     path:str|Path, # of the file to write
@@ -244,7 +261,7 @@ def write_onnx(
             warnings.simplefilter('ignore')     # the exporter's notice that a newer one exists
             torch.onnx.export(module, (torch.zeros(1, 3, *size),), str(temporary), dynamo=False, opset_version=13,
                               input_names=['images'], output_names=OUTPUT_NAMES)
-        graph = finish(onnx.load(temporary))
+        graph = split_maxima(finish(onnx.load(temporary)))
         onnx.helper.set_model_props(graph, metadata)
         onnx.checker.check_model(graph)
         onnx.save(graph, temporary)
