@@ -446,31 +446,34 @@ class Augmentation:
         "No augmentation"
         return cls(*[0.]*8)
 
-# %% ../nbs/01a_data.ipynb #681eeb6d
+# %% ../nbs/01a_data.ipynb #554e30bb
 def _jitter_colour(image, hue, saturation, value):
     "Turn the hue by `hue` (part of the circle), multiply `saturation` and `value`; (h, w, 3) uint8 RGB to the same"
-    levels = np.arange(256)
-    table = np.stack([(levels + 180*hue) % 180, levels*saturation, levels*value], 1).clip(0, 255)
     planes = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV))
-    planes = [cv2.LUT(plane, column) for plane, column in zip(planes, table.astype(np.uint8).T.copy())]
-    return cv2.cvtColor(cv2.merge(planes), cv2.COLOR_HSV2RGB)
+    turned = cv2.LUT(planes[0], ((np.arange(256) + 180*hue) % 180).astype(np.uint8))
+    scaled = [cv2.convertScaleAbs(plane, alpha=factor) for plane, factor in zip(planes[1:], (saturation, value))]
+    return cv2.cvtColor(cv2.merge([turned, *scaled]), cv2.COLOR_HSV2RGB)
 
-# %% ../nbs/01a_data.ipynb #82951175
+# %% ../nbs/01a_data.ipynb #515eb93c
+def _span(corner, length, zoom, limit):
+    "Along one axis: the part of the canvas that is drawn, the part of the image that is seen, the scale and corner which they make"
+    low, high = (min(max(round(edge), 0), limit) for edge in (corner, corner + length*zoom))
+    first = min(max(round((low - corner)/zoom), 0), length - 1)
+    last = max(min(round((high - corner)/zoom), length), first + 1)
+    scale = (high - low)/(last - first)
+    return slice(low, high), slice(first, last), scale, low - first*scale
+
 def _paste(
     canvas, # (H, W, 3) uint8, drawn into
     image, # (h, w, 3) uint8
     zoom, # factor
-    left, # where the image's left edge comes to lie on the canvas, pixels, fractions and negative too
-    top, # its upper edge
-):
+    corner, # (x, y) where the image's upper left corner comes to lie on the canvas, pixels, fractions and negative too
+): # scale and corner as drawn, x and y each; a scale of 0 if nothing was
     "Draw the zoomed image where it falls on the canvas"
-    (height, width), limits = image.shape[:2], canvas.shape[:2]
-    x1, y1 = max(round(left), 0), max(round(top), 0)
-    x2, y2 = min(round(left + width*zoom), limits[1]), min(round(top + height*zoom), limits[0])
-    if x1 >= x2 or y1 >= y2: return
-    shift = (zoom - 1)/2 # OpenCV counts from the middle of the first pixel, boxes from its edge
-    matrix = np.array([[zoom, 0, left - x1 + shift], [0, zoom, top - y1 + shift]])
-    canvas[y1:y2, x1:x2] = cv2.warpAffine(image, matrix, (x2 - x1, y2 - y1), borderMode=cv2.BORDER_REPLICATE)
+    rows, columns = (_span(corner[1 - axis], image.shape[axis], zoom, canvas.shape[axis]) for axis in (0, 1))
+    drawn, seen = canvas[rows[0], columns[0]], image[rows[1], columns[1]]
+    if drawn.size: cv2.resize(seen, drawn.shape[1::-1], drawn)
+    return np.array([columns[2:], rows[2:]]).T
 
 # %% ../nbs/01a_data.ipynb #06c2ccb2
 def _clip_targets(targets, size):
@@ -488,7 +491,7 @@ def _flip(image, targets, axis):
     targets[:, [first, first + 2]] = image.shape[axis] - targets[:, [first + 2, first]]
     return cv2.flip(image, axis), targets
 
-# %% ../nbs/01a_data.ipynb #c97ee260
+# %% ../nbs/01a_data.ipynb #4f113d58
 class _Tiles:
     "Images and (n, 5) targets fitted to `size`, kept in memory if they need at most `cache_bytes`"
     def __init__(self, detection_set, size, cache_bytes):
@@ -518,10 +521,10 @@ class _Tiles:
         else: raise InputError(f"{self.detection_set.root}: no image of the split {self.detection_set.split} decodes; "
             "replace the files")
         record = self.detection_set.records[index]
-        scale = np.tile((image.shape[1]/record.width, image.shape[0]/record.height), 2)
-        return image, np.column_stack([record.classes, record.boxes*scale])
+        scale = image.shape[1]/record.width, image.shape[0]/record.height
+        return image, np.column_stack([record.classes, (record.boxes.reshape(-1, 2, 2)*scale).reshape(-1, 4)])
 
-# %% ../nbs/01a_data.ipynb #7480accf
+# %% ../nbs/01a_data.ipynb #71d7c992
 def _compose(
     tiles, # `_Tiles`
     indices, # of one image, or of the four of a mosaic
@@ -537,13 +540,12 @@ def _compose(
     for n, (image, objects) in enumerate(map(tiles.__getitem__, indices)):
         shape = np.array(image.shape[1::-1])
         corner = joint - shape*(n % 2 == 0, n < 2) if len(indices) > 1 else (size - shape)//2 - size/2
-        left, top = middle + zoom*corner
-        _paste(canvas, image, zoom, left, top)
-        objects[:, 1:] = objects[:, 1:]*zoom + (left, top, left, top)
+        scale, shift = _paste(canvas, image, zoom, middle + zoom*corner)
+        objects[:, 1:] = (objects[:, 1:].reshape(-1, 2, 2)*scale + shift).reshape(-1, 4)
         targets.append(objects)
     return canvas, _clip_targets(np.concatenate(targets), tiles.size)
 
-# %% ../nbs/01a_data.ipynb #d7817ff7
+# %% ../nbs/01a_data.ipynb #10fac341
 class TrainSet(Dataset):
     "Augmented training items; keys are (epoch, index), as `EpochSampler` gives them"
     def __init__(self,
@@ -575,7 +577,9 @@ class TrainSet(Dataset):
         if hue or saturation or value: image = _jitter_colour(image, hue, 1 + saturation, 1 + value)
         for axis, probability in ((1, a.flip), (0, a.flip_vertical)):
             if rng.random() < probability: image, targets = _flip(image, targets, axis)
-        return torch.from_numpy(np.stack(cv2.split(image))), torch.from_numpy(targets).float()
+        planes = np.empty((3, *self.size), np.uint8)
+        cv2.split(image, list(planes))
+        return torch.from_numpy(planes), torch.from_numpy(targets).float()
 
 # %% ../nbs/01a_data.ipynb #611d7568
 class EpochSampler(Sampler):
