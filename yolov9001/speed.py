@@ -39,11 +39,11 @@ def onnx_gmacs(
     maps = session.run(names, {images.name: np.zeros(images.shape, np.float32)})
     return sum(prod(weights[n.input[1]])*prod(m.shape[2:]) for n, m in zip(convs, maps))/1e9
 
-# %% ../nbs/04e_speed.ipynb #9927f541
+# %% ../nbs/04e_speed.ipynb #4853e952
 def own_seconds(
     name:str, # a key of `CONFIGS`
     budget:Budget, # its data, input size and batch size
-    epochs:int=2, # timed, after one that is not
+    epochs:int=1, # timed, after one that is not
 )->dict: # loader, step: median seconds an image
     "Time the parts of our training"
     with TemporaryDirectory() as folder:
@@ -61,7 +61,7 @@ def own_seconds(
                 start = done
     return {part: statistics.median(values) for part, values in parts.items()}
 
-# %% ../nbs/04e_speed.ipynb #eeed5272
+# %% ../nbs/04e_speed.ipynb #cd3bf915
 def _speed_job(name, data, out, epochs, size, batch_size, result):
     "In the job: train, and write the marks of every step of the timed epochs"
     from ultralytics import YOLO
@@ -72,14 +72,14 @@ def _speed_job(name, data, out, epochs, size, batch_size, result):
     for place in ('start', 'end'): model.add_callback(f'on_train_batch_{place}', note)
     model.add_callback('on_train_epoch_end', lambda trainer: marks.append(None) if trainer.epoch else None)
     model.train(data=data, epochs=epochs + 1, imgsz=size, batch=batch_size, device='cpu', pretrained=False, workers=0, plots=False,
-                amp=False, val=False, project=str(Path(out).parent), name=Path(out).name, exist_ok=True)
+                amp=False, val=False, close_mosaic=0, project=str(Path(out).parent), name=Path(out).name, exist_ok=True)
     Path(result).write_text(json.dumps(marks))
 
 def peer_seconds(
     name:str, # of a detector of ultralytics
     data:str|Path, # `data.yaml` in YOLO format
     budget:Budget, # its input size and batch size
-    epochs:int=2, # timed, after one that is not
+    epochs:int=1, # timed, after one that is not
 )->dict: # loader, step: median seconds an image; raises `InputError` where the trainer fails
     "Time the parts of a peer's training"
     with TemporaryDirectory() as folder:
