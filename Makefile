@@ -13,7 +13,7 @@ demo: .venv/installed
 
 test: .venv/installed check-export
 	cd nbs && PATH="$(CURDIR)/$(BIN):$$PATH" ../$(BIN)/nbdev_test --n_workers 1 --timing
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q --durations=10 tests
 
 check-export: .venv/installed
 	$(BIN)/python tests/check_export.py
