@@ -231,7 +231,7 @@ def onnx_metadata(
     return {'model': 'yolov9001', 'config': model.config, 'strides': ','.join(map(str, model.strides)), 'box_code': 'rational',
             'class_names': json.dumps(list(class_names)), 'input_size': f'{size[0]}x{size[1]}'}
 
-# %% ../nbs/01_model.ipynb #0b0c5341
+# %% ../nbs/01_model.ipynb #4dea1db4
 def split_maxima(
     graph:onnx.ModelProto, # with fixed shapes, changed in place
 )->onnx.ModelProto: # the same
@@ -240,7 +240,8 @@ def split_maxima(
     nodes = []
     for node in graph.graph.node:
         whole, half = node.output[0], f'{node.output[0]}_half'
-        if node.op_type != 'MaxPool' or all(side.dim_value != 4 for side in shapes[whole][2:]): nodes.append(node)
+        wide = node.op_type == 'MaxPool' and onnx.helper.get_node_attr_value(node, 'kernel_shape') == [5, 5]
+        if not wide or all(side.dim_value != 4 for side in shapes[whole][2:]): nodes.append(node)
         else: nodes += [onnx.helper.make_node('MaxPool', [source], [result], f'{node.name}_{part}', kernel_shape=[3, 3], pads=pads)
                         for part, source, result, pads in (('low', node.input[0], half, [2, 2, 0, 0]), ('high', half, whole, [0, 0, 2, 2]))]
     del graph.graph.node[:]
