@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_CANDIDATES', 'OUTPUT_NAMES', 'PALETTE', 'Detections', 'decode', 'to_results', 'from_results', 'Evaluation',
-           'coco_metrics', 'detect_all', 'evaluate', 'Metadata', 'read_metadata', 'runtime_predictor', 'onnx_predictor',
-           'draw_detections']
+           'coco_metrics', 'detect_all', 'evaluate', 'Metadata', 'read_metadata', 'bypass_registers',
+           'runtime_predictor', 'onnx_predictor', 'draw_detections']
 
 # %% ../nbs/01c_evaluate.ipynb #bbf4a03d
 import json
@@ -221,15 +221,33 @@ def read_metadata(
     except KeyError as key: raise InputError(f'{path}: no {key} in the metadata; {remedy}') from None
     except ValueError as error: raise InputError(f'{path}: {error}; {remedy}') from None
 
-# %% ../nbs/01c_evaluate.ipynb #eed941b9
+# %% ../nbs/01c_evaluate.ipynb #7b6de1c8
+_FUSED = {'Sigmoid': 'Conv', 'Add': 'Conv', 'Relu': 'Add'} # an operator, and the one before it which the NPU computes in the same step
+
+def bypass_registers(
+    path:str|Path, # an ONNX file; without levels it stays as it is
+)->onnx.ModelProto: # for other runtimes than the NPU's
+    "Read a file past the levels of what the NPU keeps in registers"
+    model = onnx.load(path)
+    source = {name: node for node in model.graph.node for name in node.output}
+    def exact(name):
+        for kind in ('DequantizeLinear', 'QuantizeLinear'):
+            if name in source and source[name].op_type == kind: name = source[name].input[0]
+        return name
+    for node in model.graph.node:
+        for i, name in enumerate(map(exact, node.input)):
+            if name in source and source[name].op_type == _FUSED.get(node.op_type): node.input[i] = name
+    return model
+
+# %% ../nbs/01c_evaluate.ipynb #5259ef7c
 def runtime_predictor(
     path:str|Path, # any ONNX file with one image input
     names:list|None=None, # of outputs, all in their order if None
 )->Callable: # uint8 or float images (B, C, height, width) -> list of arrays, stacked over the images
-    "Run an ONNX file by ONNX Runtime on the CPU"
+    "Run an ONNX file by ONNX Runtime on the CPU, past the levels of registers"
     options = SessionOptions()
     options.add_session_config_entry('session.x64quantprecision', '1')
-    session = InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+    session = InferenceSession(bypass_registers(path).SerializeToString(), options, providers=['CPUExecutionProvider'])
     images_name = session.get_inputs()[0].name
     def predict(images):
         outputs = [session.run(names, {images_name: image[None]}) for image in np.asarray(images, np.float32)]

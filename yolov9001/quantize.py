@@ -162,7 +162,7 @@ def register_tensors(
         return users & {'add', 'output'} if kind == 'conv' else kind == 'add' and 'relu' in users
     return [node for node in graph.graph.nodes if unstored(node)]
 
-# %% ../nbs/03_quantize.ipynb #a009e7fe
+# %% ../nbs/03_quantize.ipynb #3f923f46
 class Twin(nn.Module):
     "What the NPU computes of a model, as a module that can be trained; `calibrate` gives it its ranges"
     def __init__(self,
@@ -180,9 +180,9 @@ class Twin(nn.Module):
         self.graph.recompile()
 
     def _register(self, node, stored):
-        "Levels for a register: those of the ReLU behind a sum; of logits what a sigmoid on the grid of 1/255 tells apart"
+        "Levels for a register: those of the ReLU behind a sum; of logits what a sigmoid on the grid of 1/255 tells apart, a quarter of a step beyond"
         if _kind(self.graph, node) == 'add': return Register(like=self.graph.get_submodule(f'levels_{stored[list(node.users)[0]]}'))
-        return Register(math.log(2*255 - 1) if any(_kind(self.graph, user) == 'output' for user in node.users) else math.inf)
+        return Register(math.log(4*255 - 1) if any(_kind(self.graph, user) == 'output' for user in node.users) else math.inf)
 
     def _insert(self, node, target):
         "Send what `node` gives through the quantizer `target`"
