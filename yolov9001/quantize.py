@@ -32,7 +32,7 @@ from .loss import DualLoss
 from .model import YOLOv9001, write_onnx
 from .train import TrainConfig, Trainer
 
-# %% ../nbs/03_quantize.ipynb #8ddf3696
+# %% ../nbs/03_quantize.ipynb #263a8006
 class Quantizer(nn.Module):
     "INT8 levels of one tensor, as the NPU stores it (per tensor, asymmetric)"
     def __init__(self,
@@ -45,18 +45,23 @@ class Quantizer(nn.Module):
         self.enabled, self.observe = True, None
         self.set_range(low, high)
 
-    def set_range(self, low:float, high:float):
+    def set_range(self,
+        low:float, # least value; more than 0 counts as 0
+        high:float, # largest value; less than 0 counts as 0
+    ):
         "Spread the levels over `low` to `high`"
         low, high = min(low, 0.), max(high, 0.)
         self.scale.fill_(max(high - low, 1e-6) / 255)
         self.zero_point.fill_(round(-128 - low / self.scale.item()))
 
-    def forward(self, x):
-        if self.observe: self.observe(self, x)
+    def forward(self,
+        x:Tensor, # of any shape
+    )->Tensor: # on the levels, if enabled; the gradient passes inside the range
+        if self.observe: self.observe(x)
         if not self.enabled: return x
         return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, -128, 127)
 
-# %% ../nbs/03_quantize.ipynb #44268aaa
+# %% ../nbs/03_quantize.ipynb #1aff0f08
 class Register(Quantizer):
     "Levels of a tensor that the NPU does not store: written into the file, without effect in the twin"
     limit, shared = math.inf, False
@@ -69,16 +74,21 @@ class Register(Quantizer):
         self.limit, self.shared = limit, like is not None
         if like: self.scale, self.zero_point = like.scale, like.zero_point
 
-    def set_range(self, low:float, high:float):
+    def set_range(self,
+        low:float, # least value
+        high:float, # largest value
+    ):
         "Spread the levels over `low` to `high`, cut at the limit"
         if not self.shared: super().set_range(max(low, -self.limit), min(high, self.limit))
 
-    def forward(self, x):
+    def forward(self,
+        x:Tensor, # of any shape
+    )->Tensor: # as it came; rounded in a file only
         if torch.onnx.is_in_onnx_export(): return super().forward(x)
-        if self.observe: self.observe(self, x)
+        if self.observe: self.observe(x)
         return x
 
-# %% ../nbs/03_quantize.ipynb #b671ae14
+# %% ../nbs/03_quantize.ipynb #19c83b38
 WEIGHT_LEVEL = 126  # largest code; rknn-toolkit2 2.5.0 cannot hold 127 of a QDQ file exactly, see `04_rk3588_bench`
 
 class QuantConv2d(nn.Conv2d):
@@ -98,7 +108,10 @@ class QuantConv2d(nn.Conv2d):
         scale = self.weight_scale()
         return torch.fake_quantize_per_channel_affine(self.weight, scale, torch.zeros_like(scale, dtype=torch.int32), 0, -WEIGHT_LEVEL, WEIGHT_LEVEL)
 
-    def forward(self, x, input_scale):
+    def forward(self,
+        x:Tensor, # (B, cin, H, W), on its levels
+        input_scale:Tensor, # () step of `x`
+    )->Tensor: # (B, cout, H/stride, W/stride), not rounded
         if not self.enabled or torch.onnx.is_in_onnx_export(): return super().forward(x)
         step, bias = self.weight_scale() * input_scale, self.bias - self.shift
         return self._conv_forward(x, self.rounded_weight(), bias + ((bias / step).round() * step - bias).detach())
@@ -205,16 +218,22 @@ def switch(
     for name, module in twin.named_modules():
         if isinstance(module, (Quantizer, QuantConv2d)) and (names is None or name in names): module.enabled = on
 
-# %% ../nbs/03_quantize.ipynb #33910323
+# %% ../nbs/03_quantize.ipynb #5fa21e7f
 class Histogram:
     "Range and histogram of what passes a quantizer, gathered in two passes over the same images"
-    def __init__(self, bins:int=2048): self.low, self.high, self.counts = 0., 0., torch.zeros(bins)
+    def __init__(self,
+        bins:int=2048, # between 0 and the largest value
+    ): self.low, self.high, self.counts = 0., 0., torch.zeros(bins)
 
-    def range(self, quantizer, x):
+    def range(self,
+        x:Tensor, # what passes, of any shape
+    ):
         "First pass: least and largest value"
         self.low, self.high = min(self.low, x.min().item()), max(self.high, x.max().item())
 
-    def count(self, quantizer, x):
+    def count(self,
+        x:Tensor, # what passes, of any shape
+    ):
         "Second pass: how many values in each bin of 0..high"
         self.counts += torch.histc(x.float(), len(self.counts), 0, max(self.high, 1e-6)).cpu()
 
@@ -313,7 +332,7 @@ def sensitivity(
     switch(twin, True)
     return pd.DataFrame(rows, columns=['name', 'part', 'error']).sort_values('error', ascending=False, ignore_index=True)
 
-# %% ../nbs/03_quantize.ipynb #3b1d35d5
+# %% ../nbs/03_quantize.ipynb #6b023634
 FIDELITY_IMAGES = 4  # enough: a tensor has thousands of values in each
 
 @torch.no_grad()
@@ -327,7 +346,7 @@ def fidelity(
     seen = {on: {module: [] for module in quantizers.values()} for on in (False, True)}
     for on in (False, True):
         switch(twin.eval(), on)
-        for module in quantizers.values(): module.observe = lambda module, x: seen[on][module].append(x)
+        for module in quantizers.values(): module.observe = seen[on][module].append
         twin(images)
     rows = []
     for name, module in quantizers.items():
@@ -436,15 +455,20 @@ def output_distance(
         seen = seen + weight.sum()
     return distance / total(seen).clamp(min=1)
 
-# %% ../nbs/03_quantize.ipynb #59103bc5
+# %% ../nbs/03_quantize.ipynb #61c07f65
 class Student(nn.Module):
     "A twin in training beside its float model"
-    def __init__(self, twin:Twin, teacher:YOLOv9001):
+    def __init__(self,
+        twin:Twin, # calibrated; trained in place
+        teacher:YOLOv9001, # the float model, in any form
+    ):
         super().__init__()
         self.twin, self.teacher = twin, [teacher.deploy().train()]       # in a list: neither trained nor saved
         for conv in [module for module in twin.modules() if isinstance(module, QuantConv2d)]: conv.shift.zero_()
 
-    def forward(self, images):
+    def forward(self,
+        images:Tensor, # (B, 3, H, W) RGB pixels 0..255
+    )->list[Tensor]: # the six outputs; while training, logits of the twin and then of the float model
         if not self.training: return self.twin(images)
         with torch.no_grad(): wanted = self.teacher[0].to(images.device)(images)
         return self.twin(images) + wanted
