@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/00_blocks.ipynb #39fd4b70
+# %% ../nbs/00_blocks.ipynb #16b37e24
 class FusedConv(nn.Module):
     "A convolution with bias and an optional ReLU: one operator on the NPU"
     def __init__(self,
@@ -29,7 +29,10 @@ class FusedConv(nn.Module):
         self.conv.weight.data.copy_(weight); self.conv.bias.data.copy_(bias)
         self.act = nn.ReLU() if act else nn.Identity()
 
-    def forward(self, x): return self.act(self.conv(x))
+    def forward(self,
+        x:Tensor, # (B, cin, H, W)
+    )->Tensor: # (B, cout, H/stride, W/stride)
+        return self.act(self.conv(x))
 
 # %% ../nbs/00_blocks.ipynb #416eabda
 def fold_batchnorm(
@@ -67,7 +70,7 @@ def fuse(
         return part
     with torch.no_grad(): return replaced(copy.deepcopy(module).eval()).requires_grad_(False)
 
-# %% ../nbs/00_blocks.ipynb #b73f5c80
+# %% ../nbs/00_blocks.ipynb #1cbc612f
 class ConvBNReLU(nn.Module):
     "Convolution, BatchNorm and ReLU"
     def __init__(self,
@@ -80,14 +83,17 @@ class ConvBNReLU(nn.Module):
         self.conv = nn.Conv2d(cin, cout, ks, stride, ks // 2, bias=False)
         self.bn = nn.BatchNorm2d(cout)
 
-    def forward(self, x): return F.relu(self.bn(self.conv(x)))
+    def forward(self,
+        x:Tensor, # (B, cin, H, W)
+    )->Tensor: # (B, cout, H/stride, W/stride)
+        return F.relu(self.bn(self.conv(x)))
 
     def fused(self)->FusedConv:
         "One convolution with the BatchNorm folded in"
         weight, bias = fold_batchnorm(self.conv.weight, torch.zeros(1), self.bn)
         return FusedConv(weight, bias, self.conv.stride[0], self.conv.padding[0])
 
-# %% ../nbs/00_blocks.ipynb #5c4ca17c
+# %% ../nbs/00_blocks.ipynb #21d4f55e
 class QARepVGGBlockV2(nn.Module):
     "3x3, 1x1, identity and average-pooling branches, one BatchNorm after their sum (QARepVGG, arXiv 2212.01593; YOLOv6 v3)"
     def __init__(self,
@@ -103,7 +109,9 @@ class QARepVGGBlockV2(nn.Module):
         self.bn = nn.BatchNorm2d(cout)
         self.has_identity, self.stride, self.act = cin == cout and stride == 1, stride, act
 
-    def forward(self, x):
+    def forward(self,
+        x:Tensor, # (B, cin, H, W)
+    )->Tensor: # (B, cout, H/stride, W/stride)
         y = self.bn3(self.conv3(x)) + self.conv1(x[:, :, ::self.stride, ::self.stride])
         if self.has_identity: y = y + x + F.avg_pool2d(x, 3, 1, 1)
         y = self.bn(y)
@@ -119,7 +127,7 @@ class QARepVGGBlockV2(nn.Module):
         weight, bias = fold_batchnorm(weight, bias, self.bn)
         return FusedConv(weight, bias, self.stride, 1, self.act)
 
-# %% ../nbs/00_blocks.ipynb #0932550d
+# %% ../nbs/00_blocks.ipynb #50afa129
 class RepBlockAdd(nn.Module):
     "`n` QARepVGGBlockV2 in sequence plus a skip: `ReLU(x + blocks(x))` (YOLOv6+, SIViP 19(8), 2025)"
     def __init__(self,
@@ -132,11 +140,13 @@ class RepBlockAdd(nn.Module):
         widths = [cin] + [cout] * n
         self.blocks = nn.Sequential(*[QARepVGGBlockV2(widths[i], cout, act=i < n - 1) for i in range(n)])
 
-    def forward(self, x):
+    def forward(self,
+        x:Tensor, # (B, cin, H, W)
+    )->Tensor: # (B, cout, H, W)
         y = self.blocks(x)
         return F.relu(x + y if self.has_skip else y)
 
-# %% ../nbs/00_blocks.ipynb #688354b5
+# %% ../nbs/00_blocks.ipynb #e4d14d77
 class QARepNCSP(nn.Module):
     "Cross-stage partial block: `n` bottlenecks on one half, the other half passed by, joined by a 1x1"
     def __init__(self,
@@ -150,9 +160,12 @@ class QARepNCSP(nn.Module):
         self.bottlenecks = nn.Sequential(*[RepBlockAdd(hidden, hidden, 2) for _ in range(n)])
         self.join = ConvBNReLU(2 * hidden, cout)
 
-    def forward(self, x): return self.join(torch.cat([self.bottlenecks(self.entry(x)), self.shortcut(x)], 1))
+    def forward(self,
+        x:Tensor, # (B, cin, H, W)
+    )->Tensor: # (B, cout, H, W)
+        return self.join(torch.cat([self.bottlenecks(self.entry(x)), self.shortcut(x)], 1))
 
-# %% ../nbs/00_blocks.ipynb #96f328dc
+# %% ../nbs/00_blocks.ipynb #6c888c7c
 class QARepNCSPELAN(nn.Module):
     "Efficient layer aggregation of two CSP stages (RepNCSPELAN4, arXiv 2402.13616) made of quantization-aware parts"
     def __init__(self,
@@ -168,12 +181,14 @@ class QARepNCSPELAN(nn.Module):
         self.stage2 = nn.Sequential(QARepNCSP(c4, c4, n), QARepVGGBlockV2(c4, c4))
         self.join = ConvBNReLU(c3 + 2 * c4, cout)
 
-    def forward(self, x):
+    def forward(self,
+        x:Tensor, # (B, cin, H, W)
+    )->Tensor: # (B, cout, H, W)
         first = self.entry(x)
         second = self.stage1(first)
         return self.join(torch.cat([self.shortcut(x), first, second, self.stage2(second)], 1))
 
-# %% ../nbs/00_blocks.ipynb #ee944654
+# %% ../nbs/00_blocks.ipynb #245f5422
 class AConv(nn.Module):
     "Halve the map: 2x2 average pooling, then 3x3 convolution of stride 2 (YOLOv9, arXiv 2402.13616)"
     def __init__(self,
@@ -184,14 +199,17 @@ class AConv(nn.Module):
         self.conv = nn.Conv2d(cin, cout, 3, 2, bias=False)
         self.bn = nn.BatchNorm2d(cout)
 
-    def forward(self, x): return F.relu(self.bn(self.conv(F.avg_pool2d(x, 2, 1, 1))))
+    def forward(self,
+        x:Tensor, # (B, cin, H, W)
+    )->Tensor: # (B, cout, H/2, W/2)
+        return F.relu(self.bn(self.conv(F.avg_pool2d(x, 2, 1, 1))))
 
     def fused(self)->FusedConv:
         "One 4x4 convolution of stride 2: each 3x3 tap spread over the 2x2 pixels that its pool averaged"
         spread = sum(F.pad(self.conv.weight, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1)) / 4
         return FusedConv(*fold_batchnorm(spread, torch.zeros(1), self.bn), 2, 1)
 
-# %% ../nbs/00_blocks.ipynb #a2b57211
+# %% ../nbs/00_blocks.ipynb #9ca8e145
 class FusedGeMSPPF(nn.Module):
     "Deployed QA GeM SPPF: 1x1, three chained maximum and three chained average pools, concat, 1x1"
     def __init__(self,
@@ -202,13 +220,15 @@ class FusedGeMSPPF(nn.Module):
         super().__init__()
         self.reduce, self.join, self.ks = reduce, join, ks
 
-    def forward(self, x):
+    def forward(self,
+        x:Tensor, # (B, cin, H, W)
+    )->Tensor: # (B, cout, H, W)
         largest, mean = [self.reduce(x)], []
         for _ in range(3): largest.append(F.max_pool2d(largest[-1], self.ks, 1, self.ks // 2))
         for i in range(3): mean.append(F.avg_pool2d(mean[-1] if i else largest[0], self.ks, 1, self.ks // 2))
         return self.join(torch.cat(largest + mean, 1))
 
-# %% ../nbs/00_blocks.ipynb #a554a733
+# %% ../nbs/00_blocks.ipynb #f6ee777a
 class QAGeMSPPF(nn.Module):
     "Spatial pyramid pooling with a learned blend of maximum and mean in place of the maximum (after SPPF and GeM, arXiv 1711.02512)"
     def __init__(self,
@@ -221,7 +241,9 @@ class QAGeMSPPF(nn.Module):
         self.reduce, self.join, self.ks = ConvBNReLU(cin, hidden), ConvBNReLU(4 * hidden, cout), ks
         self.gate = nn.Parameter(torch.full((3, hidden), 1.1))  # sigmoid 0.75: near the maximum, as SPPF
 
-    def forward(self, x):
+    def forward(self,
+        x:Tensor, # (B, cin, H, W)
+    )->Tensor: # (B, cout, H, W)
         largest = mean = x = self.reduce(x)
         blends = [x]
         for share in self.gate.sigmoid()[:, None, :, None, None]:

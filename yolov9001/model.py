@@ -42,7 +42,7 @@ CONFIGS = {'np': ModelConfig(),      # by the name that checkpoints and commands
            'plain_l': ModelConfig(depths=(1, 4, 6, 3), neck=(64, 96, 128)),
            'patch_m': ModelConfig(stem=(32,), depths=(1, 3, 5, 3))}
 
-# %% ../nbs/01_model.ipynb #c9ba35cb
+# %% ../nbs/01_model.ipynb #ed8ac114
 class Backbone(nn.Module):
     "Maps at stride 8, 16 and 32 (after EfficientRep, YOLOv6)"
     def __init__(self,
@@ -57,7 +57,9 @@ class Backbone(nn.Module):
         self.stage4, self.stage5 = stage(w3, w4, d4), stage(w4, w5, d5)
         self.pool = QAGeMSPPF(w5, w5)
 
-    def forward(self, x):
+    def forward(self,
+        x:Tensor, # (B, 3, H, W), H and W multiples of 32
+    )->tuple[Tensor, ...]: # (B, width, H/s, W/s) at stride 8, 16, 32
         p3 = self.stage3(self.stage2(self.stem(x)))
         p4 = self.stage4(p3)
         return p3, p4, self.pool(self.stage5(p4))
@@ -73,7 +75,7 @@ def aggregate(
     if not config.neck_inner: return RepBlockAdd(cin, cout, config.neck_depth)
     return QARepNCSPELAN(cin, cout, *[config.neck_inner[level]] * 2, config.neck_depth)
 
-# %% ../nbs/01_model.ipynb #676c5fc4
+# %% ../nbs/01_model.ipynb #81bcc485
 class TopDown(nn.Module):
     "The way from stride 32 up to stride 8: upsample, add, aggregate"
     def __init__(self,
@@ -86,13 +88,17 @@ class TopDown(nn.Module):
         self.lateral4 = ConvBNReLU(w4, w3)
         self.aggregate3 = aggregate(w3, config.neck[0], config, 0)
 
-    def forward(self, p3, p4, p5):
+    def forward(self,
+        p3:Tensor, # (B, w3, H/8, W/8)
+        p4:Tensor, # (B, w4, H/16, W/16)
+        p5:Tensor, # (B, w5, H/32, W/32)
+    )->tuple[Tensor, ...]: # n3 (B, neck[0], H/8, W/8), n4 and n5 (B, w4, ...) at stride 16 and 32
         n5 = self.lateral5(p5)
         n4 = self.aggregate4(F.interpolate(n5, scale_factor=2., mode='nearest') + p4)
         n3 = self.aggregate3(F.interpolate(self.lateral4(n4), scale_factor=2., mode='nearest') + p3)
         return n3, n4, n5
 
-# %% ../nbs/01_model.ipynb #70872081
+# %% ../nbs/01_model.ipynb #6b40b5c1
 class BottomUp(nn.Module):
     "The way from stride 8 down to stride 32: AConv, add, aggregate"
     def __init__(self,
@@ -105,11 +111,15 @@ class BottomUp(nn.Module):
         self.down5, self.lateral5 = AConv(c4, c5), ConvBNReLU(w4, c5)
         self.aggregate5 = aggregate(c5, c5, config, 2)
 
-    def forward(self, n3, n4, n5):
+    def forward(self,
+        n3:Tensor, # (B, neck[0], H/8, W/8)
+        n4:Tensor, # (B, w4, H/16, W/16)
+        n5:Tensor, # (B, w4, H/32, W/32)
+    )->tuple[Tensor, ...]: # (B, neck[i], H/s, W/s) at stride 8, 16, 32
         p4 = self.aggregate4(self.down4(n3) + self.lateral4(n4))
         return n3, p4, self.aggregate5(self.down5(p4) + self.lateral5(n5))
 
-# %% ../nbs/01_model.ipynb #05f7a554
+# %% ../nbs/01_model.ipynb #07d45fa2
 class Head(nn.Module):
     "Box code and class logits of each level, two separate towers (decoupled head, YOLOv6)"
     def __init__(self,
@@ -126,7 +136,9 @@ class Head(nn.Module):
         rare = [log(5 / num_classes / (640 / stride)**2) for stride in (8, 16, 32)]
         self.classes = nn.ModuleList(tower(c, num_classes, start) for c, start in zip(channels, rare))
 
-    def forward(self, maps):
+    def forward(self,
+        maps:tuple, # (B, channels[i], H/s, W/s) at stride 8, 16, 32
+    )->list[Tensor]: # box_8, cls_8, ..., cls_32: (B, 4 or num_classes, H/s, W/s) logits
         return [tower(x) for x, *towers in zip(maps, self.box, self.classes) for tower in towers]
 
 # %% ../nbs/01_model.ipynb #c624c834
