@@ -31,7 +31,7 @@ from .model import CONFIGS, BottomUp, ModelConfig, TopDown, YOLOv9001, aggregate
 from .quantize import Quantizer, Twin, calibrate
 from .train import OPTIMIZERS, TrainConfig, Trainer, predictor
 
-# %% ../nbs/03b_ablation.ipynb #bc60a550
+# %% ../nbs/03b_ablation.ipynb #e6d97776
 class SPPF(nn.Module):
     "1x1, three chained maximum pools, concat, 1x1 (YOLOv5, YOLOv6)"
     def __init__(self,
@@ -42,12 +42,14 @@ class SPPF(nn.Module):
         super().__init__()
         self.reduce, self.join, self.ks = ConvBNReLU(cin, cin // 2), ConvBNReLU(2 * cin, cout), ks
 
-    def forward(self, x):
+    def forward(self,
+        x:Tensor, # (B, cin, H, W)
+    )->Tensor: # (B, cout, H, W)
         maps = [self.reduce(x)]
         for _ in range(3): maps.append(F.max_pool2d(maps[-1], self.ks, 1, self.ks // 2))
         return self.join(torch.cat(maps, 1))
 
-# %% ../nbs/03b_ablation.ipynb #de6d2f90
+# %% ../nbs/03b_ablation.ipynb #82d305f8
 class RepVGGBlock(nn.Module):
     "3x3, 1x1 and identity, each with a BatchNorm of its own, ReLU after the sum (arXiv 2101.03697)"
     def __init__(self,
@@ -62,7 +64,9 @@ class RepVGGBlock(nn.Module):
         self.bn0 = nn.BatchNorm2d(cout) if cin == cout and stride == 1 else None
         self.stride, self.act = stride, act
 
-    def forward(self, x):
+    def forward(self,
+        x:Tensor, # (B, cin, H, W)
+    )->Tensor: # (B, cout, H/stride, W/stride)
         y = self.bn3(self.conv3(x)) + self.bn1(self.conv1(x[:, :, ::self.stride, ::self.stride]))
         if self.bn0: y = y + self.bn0(x)
         return F.relu(y) if self.act else y
@@ -76,7 +80,7 @@ class RepVGGBlock(nn.Module):
         weight, bias = (sum(values) for values in zip(*parts))
         return FusedConv(weight, bias, self.stride, 1, self.act)
 
-# %% ../nbs/03b_ablation.ipynb #82b20009
+# %% ../nbs/03b_ablation.ipynb #c4336fb3
 class ConcatTopDown(TopDown):
     "The way up with concatenations"
     def __init__(self,
@@ -86,13 +90,17 @@ class ConcatTopDown(TopDown):
         w3, w4, _ = config.widths
         self.aggregate4, self.aggregate3 = aggregate(2 * w4, w4, config, 1), aggregate(2 * w3, config.neck[0], config, 0)
 
-    def forward(self, p3, p4, p5):
+    def forward(self,
+        p3:Tensor, # (B, w3, H/8, W/8)
+        p4:Tensor, # (B, w4, H/16, W/16)
+        p5:Tensor, # (B, w5, H/32, W/32)
+    )->tuple[Tensor, ...]: # as `TopDown`
         up = lambda x: F.interpolate(x, scale_factor=2., mode='nearest')
         n5 = self.lateral5(p5)
         n4 = self.aggregate4(torch.cat([up(n5), p4], 1))
         return self.aggregate3(torch.cat([up(self.lateral4(n4)), p3], 1)), n4, n5
 
-# %% ../nbs/03b_ablation.ipynb #49257bdd
+# %% ../nbs/03b_ablation.ipynb #625caf16
 class ConcatBottomUp(BottomUp):
     "The way down with concatenations"
     def __init__(self,
@@ -102,7 +110,11 @@ class ConcatBottomUp(BottomUp):
         _, c4, c5 = config.neck
         self.aggregate4, self.aggregate5 = aggregate(2 * c4, c4, config, 1), aggregate(2 * c5, c5, config, 2)
 
-    def forward(self, n3, n4, n5):
+    def forward(self,
+        n3:Tensor, # (B, neck[0], H/8, W/8)
+        n4:Tensor, # (B, w4, H/16, W/16)
+        n5:Tensor, # (B, w4, H/32, W/32)
+    )->tuple[Tensor, ...]: # as `BottomUp`
         p4 = self.aggregate4(torch.cat([self.down4(n3), self.lateral4(n4)], 1))
         return n3, p4, self.aggregate5(torch.cat([self.down5(p4), self.lateral5(n5)], 1))
 
@@ -232,7 +244,7 @@ def distribution_loss(
     lower, upper = (chances.gather(-1, step[..., None])[..., 0] for step in (low, low + 1))
     return -(lower * (low + 1 - place) + upper * (place - low)).sum(-1)
 
-# %% ../nbs/03b_ablation.ipynb #9ab3c74c
+# %% ../nbs/03b_ablation.ipynb #ef3b24ba
 class DistributionLoss(DualLoss):
     "Loss of a model with a branch of distributions: theirs (DFL, arXiv 2006.04388), and the distance of the box code to their mean"
     def __init__(self,
@@ -245,7 +257,10 @@ class DistributionLoss(DualLoss):
         self.model, self.weight, self.features = model, weight, []
         for tower in model.head.box: tower[-1].register_forward_pre_hook(lambda conv, inputs: self.features.append(inputs[0]))
 
-    def __call__(self, outputs, targets):
+    def __call__(self,
+        outputs:list[Tensor], # as `DualLoss`
+        targets:Tensor, # as `DualLoss`
+    )->tuple[Tensor, dict]: # the loss to minimise; its parts by name
         features, self.features = self.features, []
         total, parts = super().__call__(outputs, targets)
         logits = [conv(x).float() for conv, x in zip(self.model.distribution, features)]

@@ -117,7 +117,7 @@ def torchrun(
     if done.returncode: raise RuntimeError(done.stderr[-3000:])
     return done.stdout
 
-# %% ../nbs/01e_distributed.ipynb #48cad617
+# %% ../nbs/01e_distributed.ipynb #776d5a20
 class _Total(torch.autograd.Function):
     "The sum over processes; every process depends on every other's part, so the gradient is summed too"
     @staticmethod
@@ -131,7 +131,9 @@ class _Total(torch.autograd.Function):
 
 class SyncBatchNorm(nn.BatchNorm2d):
     "BatchNorm by the mean and variance of all processes; a process may have no images"
-    def forward(self, x):
+    def forward(self,
+        x:torch.Tensor, # (B, C, H, W) of this process, B may be 0
+    )->torch.Tensor: # of the same shape
         if not self.training: return super().forward(x)
         count = x.new_full((1,), x.numel() / self.num_features, dtype=torch.float64)
         own = torch.var_mean(x.float(), (0, 2, 3), correction=0) if len(x) else 2 * [x.sum((0, 2, 3))]

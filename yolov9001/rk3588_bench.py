@@ -128,7 +128,7 @@ def _start_worker(folder, log):
                                    stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
     return process, ours
 
-# %% ../nbs/04_rk3588_bench.ipynb #921ed791
+# %% ../nbs/04_rk3588_bench.ipynb #0d75daae
 @dataclass
 class Compiled:
     "An ONNX file compiled for one target"
@@ -148,7 +148,9 @@ class Compiled:
             traffic_bytes=int(layers.traffic_bytes.sum()), rknn_bytes=self.rknn_bytes, target=self.target,
             toolkit_version=self.toolkit_version, calibration=self.calibration)
 
-    def save_layers(self, path:str|Path):
+    def save_layers(self,
+        path:str|Path, # of the CSV file
+    ):
         "Write the layer table as CSV"
         with write_whole(path) as temporary: self.layers.to_csv(temporary, index=False)
 
