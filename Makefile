@@ -1,5 +1,5 @@
 # make demo [DATA=folder] [OUT=folder]: the whole chain, from images to an INT8 model and its report; again, it goes on where it was stopped
-# make test: notebooks and package agree, every notebook runs, whole-system tests
+# make test: notebooks and package agree, every notebook runs (make notebooks), whole-system tests (make system)
 PYTHON ?= python3.11
 BIN := .venv/bin
 DATA ?= digits
@@ -7,13 +7,19 @@ OUT ?= runs/demo-$(notdir $(patsubst %/,%,$(DATA)))
 # small images and little augmentation: legible digits within minutes on two cores
 DEMO := $(addprefix -p ,input_size=128x160 epochs=20 batch_size=8 lr=0.005 mosaic=0 scale=0.2 hue=0 saturation=0.3 value=0.3 flip=0 auxiliary_weight=0)
 
-.PHONY: demo test check-export clean
+.PHONY: demo test notebooks system check-export clean
 demo: .venv/installed
 	$(BIN)/yolov9001 run --data $(DATA) --out $(OUT) --resume $(if $(filter digits,$(DATA)),$(DEMO))
 
 test: .venv/installed check-export
-	cd nbs && PATH="$(CURDIR)/$(BIN):$$PATH" ../$(BIN)/nbdev_test --n_workers 1 --timing
-	$(BIN)/python -m pytest -q --durations=10 tests
+	$(MAKE) --jobs=2 notebooks system
+
+# side by side, one thread each: most of them compute on one core and wait for the disk or each other
+notebooks: .venv/installed
+	cd nbs && OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" ../$(BIN)/nbdev_test --n_workers 1 --timing
+
+system: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 tests
 
 check-export: .venv/installed
 	$(BIN)/python tests/check_export.py
