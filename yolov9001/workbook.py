@@ -8,7 +8,7 @@ __all__ = ['COMMANDS', 'RunConfig', 'check_config', 'update_metrics', 'read_conf
            'load_predictor', 'list_images', 'detect', 'command', 'add_arguments', 'describe_knobs', 'main',
            'run_config', 'distribute']
 
-# %% ../nbs/05_workbook.ipynb #a383515f
+# %% ../nbs/05_workbook.ipynb #9efdfccf
 import argparse
 import inspect
 import json
@@ -22,11 +22,9 @@ from tempfile import TemporaryDirectory
 import cv2
 import numpy as np
 import pandas as pd
-import papermill
 import torch
 import yaml
 from fastcore.docments import docments
-from papermill.exceptions import PapermillExecutionError
 from rich import print_json
 from rich.console import Console
 from rich.table import Table
@@ -207,13 +205,14 @@ def quantize_stage(
         trained = finetune(config, model, twin, resume).ema.model.deploy().cpu()
         return simulate(config, npu, trained, val, 'int8_qat')
 
-# %% ../nbs/05_workbook.ipynb #13a44c37
+# %% ../nbs/05_workbook.ipynb #27784831
 def run_notebook(
     stage:str, # train, quantize or bench
     out:str|Path, # folder of the run, made if missing
     parameters:dict, # of the notebook
 ):
     "Run one pipeline notebook; an `InputError` in it is raised here"
+    import papermill                            # takes seconds, which commands that run no notebook need not wait for
     source = project_folder()/'nbs'/'pipelines'/f'{stage}.ipynb'
     unknown = parameters.keys() - papermill.inspect_notebook(str(source)).keys()
     if unknown: raise InputError(f"{source}: has no parameter {', '.join(sorted(unknown))}")
@@ -224,7 +223,7 @@ def run_notebook(
             warnings.simplefilter('ignore')
             papermill.execute_notebook(str(source), f'{out}/{stage}.ipynb', parameters, kernel_name='python3',
                                        progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
-    except PapermillExecutionError as error:
+    except papermill.PapermillExecutionError as error:
         if error.ename == 'InputError': raise InputError(error.evalue) from None
         raise
 
