@@ -144,9 +144,7 @@ def _process(runtime, fitter, image, limits):
     boxes, scores, classes = decode(outputs, *limits)
     return (fitter.undo(boxes), scores, classes), [*marks, time.perf_counter()]
 
-# %% ../nbs/04c_board.ipynb #b870f9c3
-STAGES = ('read', 'prepare', 'run', 'decode')
-
+# %% ../nbs/04c_board.ipynb #9004898b
 class Pipeline:
     "Frames through several runtimes at once"
     def __init__(self,
@@ -157,16 +155,20 @@ class Pipeline:
         max_detections:int=300, # as `decode`
     ):
         self.runtimes, self.size, self.limits = runtimes, size, (confidence, iou, max_detections)
-        self.lock, self.results, self.times, self.errors = threading.Lock(), {}, [], []
+        self.lock, self.results, self.times, self.errors, self.stopped = threading.Lock(), {}, [], [], False
 
     def run(self,
         frames, # yields (name, image), as `read_frames`
     )->dict: # name -> (boxes in pixels of the image, scores, classes), in the order of the frames
-        "All frames"
+        "All frames, or those until Ctrl-C"
         frames, start = enumerate(frames), time.perf_counter()
         threads = [threading.Thread(target=self._work, args=(runtime, frames)) for runtime in self.runtimes]
         for thread in threads: thread.start()
-        for thread in threads: thread.join()
+        try:
+            for thread in threads: thread.join()
+        except KeyboardInterrupt:
+            self.stopped = True
+            for thread in threads: thread.join()
         if self.errors: raise self.errors[0]
         self.seconds = time.perf_counter() - start
         return {name: found for _, (name, found) in sorted(self.results.items())}
@@ -175,7 +177,7 @@ class Pipeline:
         "What one thread does until the frames end, or something fails"
         fitter = Letterbox(self.size)
         try:
-            while not self.errors:
+            while not (self.errors or self.stopped):
                 with self.lock:
                     marks = [time.perf_counter()]
                     if (frame := next(frames, None)) is None: return
@@ -186,7 +188,9 @@ class Pipeline:
                 self.times.append(np.diff(marks + later))
         except Exception as error: self.errors.append(error)
 
-# %% ../nbs/04c_board.ipynb #3fcd278e
+# %% ../nbs/04c_board.ipynb #a3aedadc
+STAGES = ('read', 'prepare', 'run', 'decode')
+
 def latency(
     pipeline:Pipeline, # that has run
     warmup:int=0, # first frames that do not count, for the clocks to rise

@@ -8,7 +8,7 @@ __all__ = ['REFUSAL', 'REFERENCE_BATCH', 'Plan', 'count_devices', 'own_addresses
            'free_bytes', 'fitting_batch', 'scaled_rate', 'agree', 'begun', 'negotiate', 'projected_efficiency',
            'training_flops', 'projected_hours']
 
-# %% ../nbs/02a_cluster.ipynb #203b3ea9
+# %% ../nbs/02a_cluster.ipynb #0bf7adb1
 import math
 import os
 import signal
@@ -24,7 +24,7 @@ from torch import nn
 
 from .core import InputError
 from .data import parse_size
-from .distributed import World
+from .distributed import World, wants_bfloat16
 from .model import YOLOv9001
 from .train import OPTIMIZERS, TrainConfig, progress
 
@@ -99,7 +99,7 @@ def torchrun_environment(
     if plan.hosts: own |= dict(GLOO_SOCKET_IFNAME=plan.interface, NCCL_SOCKET_IFNAME=plan.interface)
     return own | dict(os.environ)
 
-# %% ../nbs/02a_cluster.ipynb #df56387c
+# %% ../nbs/02a_cluster.ipynb #5663925f
 def survive(
     start, # starts torchrun, returns its `subprocess.Popen`
     done, # how far the training is: anything that grows
@@ -113,6 +113,7 @@ def survive(
     try:
         while not asked:
             reached, process = done(), start()
+            if asked: process.terminate()                   # asked while there was none to pass it on to
             if process.wait() == 0: return
             if asked: return
             if reason := refused(): raise InputError(reason)
@@ -136,12 +137,12 @@ def launch(
     words, environment = torchrun_words(plan, command, Path(out)/'logs'), torchrun_environment(plan) | {REFUSAL: str(reason)}
     survive(lambda: subprocess.Popen(words, env=environment), lambda: progress(Path(out)/'last.pt'), lambda: reason.read_text() if reason.exists() else '')
 
-# %% ../nbs/02a_cluster.ipynb #9f51f826
+# %% ../nbs/02a_cluster.ipynb #19c19955
 def describe_device(
     device:torch.device, # of this process
 )->str: # name and GiB of memory
     "What kind of device this is"
-    if device.type != 'cuda': return f'CPU {os.uname().machine}, bfloat16 {sorted(k for k, v in torch.cpu.get_capabilities().items() if v is True and "bf16" in k)}'
+    if device.type != 'cuda': return f"CPU {os.uname().machine} {'with' if wants_bfloat16(device) else 'without'} bfloat16"
     properties = torch.cuda.get_device_properties(device)
     return f'{properties.name} {properties.total_memory / 2**30:.0f} GiB'
 
@@ -207,7 +208,7 @@ def agree(
     batch = least * len(fits)
     return replace(config, batch_size=batch, device_batch=least, lr=config.lr or scaled_rate(config.optimizer, batch))
 
-# %% ../nbs/02a_cluster.ipynb #4b5286ce
+# %% ../nbs/02a_cluster.ipynb #682fc064
 def begun(
     config:TrainConfig, # of the run
     world:World, # the processes
@@ -222,6 +223,7 @@ def begun(
 
 def negotiate(
     config:TrainConfig, # of the run, the same on all processes
+    overwrite:bool=False, # what was found for an earlier run does not count
 )->TrainConfig: # the same on all processes; raises `InputError` for hosts of different types
     "Agree with the other processes on the images a device takes"
     world, host = World(config.device), os.uname().nodename
@@ -231,7 +233,7 @@ def negotiate(
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     free = free_bytes(world.device, world.gather(host).count(host))
     fits = fitting_batch(free, bytes_per_image(model, parse_size(config.input_size), world.device), 6 * weights)
-    return agree(begun(config, world), world.gather(fits))
+    return agree(config if overwrite else begun(config, world), world.gather(fits))
 
 # %% ../nbs/02a_cluster.ipynb #10b7d12c
 def projected_efficiency(

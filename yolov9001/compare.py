@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['PEERS', 'ultralytics_version', 'export_peer', 'peer_distances', 'peer_boxes', 'decode_peer', 'export_published',
            'measure_published', 'write_yolo', 'train_peer', 'measure', 'Budget', 'resolve_decode', 'obtain',
-           'compare_one', 'read_rows', 'summarize', 'plot_comparison', 'check_comparison', 'compare']
+           'model_name', 'given_file', 'compare_one', 'read_rows', 'summarize', 'plot_comparison', 'check_comparison',
+           'compare']
 
-# %% ../nbs/04a_compare.ipynb #7986a6a7
+# %% ../nbs/04a_compare.ipynb #742618c1
+import hashlib
 import json
 import os
 import shutil
@@ -15,10 +17,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module, metadata
 from pathlib import Path
-from tempfile import TemporaryDirectory, mkdtemp
+from tempfile import TemporaryDirectory
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -29,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import InputError, project_folder, write_whole
+from .core import InputError, write_whole
 from .data import DetectionSet, load_split, sample_images
 from .evaluate import Detections, _suppress, decode, evaluate, runtime_predictor
 from .latency import PUBLISHED, layer_work
@@ -295,7 +297,7 @@ def measure_published(
             parts.append(counted.assign(model=name)[['model', *counted.columns]])
     return pd.concat(parts, ignore_index=True)
 
-# %% ../nbs/04a_compare.ipynb #f54222f7
+# %% ../nbs/04a_compare.ipynb #c8b82c45
 def write_yolo(
     splits:dict, # name -> `DetectionSet`; train and val are needed to train
     folder:str|Path, # written whole, kept if it exists
@@ -304,17 +306,22 @@ def write_yolo(
     folder = Path(folder)
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
-        for split, images in splits.items():
-            for part in ('images', 'labels'): (temporary/part/split).mkdir(parents=True)
-            for i, record in enumerate(tqdm(images.records, desc=f'copy {split}', leave=False)):
-                shutil.copyfile(record.path, temporary/'images'/split/f'{i:07}{record.path.suffix}')
-                (temporary/'labels'/split/f'{i:07}.txt').write_text(_yolo_lines(record))
-        names = '\n'.join(f'  {i}: {json.dumps(name)}' for i, name in enumerate(splits['train'].class_names))
-        paths = '\n'.join(f'{split}: images/{split}' for split in splits)
-        (temporary/'data.yaml').write_text(f'path: {folder.resolve()}\n{paths}\nnames:\n{names}\n')
-        os.replace(temporary, folder)
+        with TemporaryDirectory(prefix=f'.{folder.name}.', dir=folder.parent) as made:
+            os.replace(_copy_yolo(splits, Path(made)/'whole', folder), folder)
     return folder/'data.yaml'
+
+# %% ../nbs/04a_compare.ipynb #3684a1dd
+def _copy_yolo(splits, into, place):
+    "The copy in the folder `into`, from where it moves to `place`"
+    for split, images in splits.items():
+        for part in ('images', 'labels'): (into/part/split).mkdir(parents=True)
+        for i, record in enumerate(tqdm(images.records, desc=f'copy {split}', leave=False)):
+            shutil.copyfile(record.path, into/'images'/split/f'{i:07}{record.path.suffix}')
+            (into/'labels'/split/f'{i:07}.txt').write_text(_yolo_lines(record))
+    names = '\n'.join(f'  {i}: {json.dumps(name)}' for i, name in enumerate(splits['train'].class_names))
+    paths = '\n'.join(f'{split}: images/{split}' for split in splits)
+    (into/'data.yaml').write_text(f'path: {place.resolve()}\n{paths}\nnames:\n{names}\n')
+    return into
 
 # %% ../nbs/04a_compare.ipynb #785673a5
 def _yolo_lines(record):
@@ -385,12 +392,13 @@ class Budget:
     split:str='val'       # what is measured: val, or test once at the end
     calibration:int=100   # images that set the INT8 ranges
 
-# %% ../nbs/04a_compare.ipynb #c6f0fdf4
+# %% ../nbs/04a_compare.ipynb #5c9a927a
 def resolve_decode(
     text:str, # 'package.module:function', importable from the working directory
 )->Callable: # raises `InputError` where it cannot be imported
     "The decode function that a text names"
     module, _, name = text.partition(':')
+    if os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())     # the program's own folder is there instead
     try: return getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f'decode function {text!r}: {error}; write package.module:function') from None
@@ -419,7 +427,29 @@ def obtain(
     path = export_peer(model, out/'model.onnx', splits['train'].class_names, size, best)
     return path, decode_peer, time.perf_counter() - start
 
-# %% ../nbs/04a_compare.ipynb #a5d0148f
+# %% ../nbs/04a_compare.ipynb #edabe482
+def model_name(
+    model:str, # as `obtain` takes it
+)->str: # a given file goes by its name without suffix
+    "What a model is called in the table, and its folder"
+    return Path(model.partition('=')[0]).stem if '.onnx' in model else model
+
+def given_file(
+    model:str, # as `obtain` takes it
+)->dict: # file, sha256, decode; of a model that is trained the file is None
+    "What tells a given file from another of the same name"
+    if '.onnx' not in model: return dict(file=None)
+    path, _, function = model.partition('=')
+    return dict(file=path, sha256=hashlib.sha256(Path(path).read_bytes()).hexdigest(), decode=function)
+
+# %% ../nbs/04a_compare.ipynb #eee815bc
+def _read_row(file, shared):
+    "A finished row, if it was made with what is shared"
+    row = json.loads(file.read_text())
+    changed = [f'{key}={row.get(key)}' for key, value in shared.items() if row.get(key) != value]
+    if changed: raise InputError(f"{file}: was made with {', '.join(changed)}; use the same, or another --out")
+    return row
+
 def compare_one(
     model:str, # as `obtain` takes it
     seed:int, # of the training
@@ -427,18 +457,14 @@ def compare_one(
     out:str|Path, # folder of the comparison
 )->dict: # the row, read if it exists; raises `InputError` if that was made with another budget
     "Obtain and measure one model, once; another split is measured without training again"
-    name = Path(model.partition('=')[0]).stem if '.onnx' in model else model
+    name, shared = model_name(model), asdict(budget) | given_file(model)
     folder = Path(out)/f'{name}-{seed}'
     file = folder/f'{budget.split}.json'
-    if file.exists():
-        row = json.loads(file.read_text())
-        changed = [f'{key}={row[key]}' for key, value in asdict(budget).items() if row[key] != value]
-        if changed: raise InputError(f"{file}: was made with {', '.join(changed)}; use the same, or another --out")
-        return row
+    if file.exists(): return _read_row(file, shared)
     folder.mkdir(parents=True, exist_ok=True)
     path, function, seconds = obtain(model, seed, budget, folder)
     numbers = measure(path, load_split(budget.data, 'train'), load_split(budget.data, budget.split), function, budget.calibration)
-    row = dict(model=name, seed=seed, ours=model in CONFIGS, train_seconds=seconds, ultralytics=ultralytics_version()) | asdict(budget) | numbers
+    row = dict(model=name, seed=seed, ours=model in CONFIGS, train_seconds=seconds, ultralytics=ultralytics_version()) | shared | numbers
     with write_whole(file) as temporary: temporary.write_text(json.dumps(row, indent=2) + '\n')
     return row
 
@@ -481,21 +507,28 @@ def plot_comparison(
     axis.margins(x=.2); sns.despine(ax=axis)
     return figure
 
-# %% ../nbs/04a_compare.ipynb #d17eb944
+# %% ../nbs/04a_compare.ipynb #57f71b45
 def check_comparison(
     models:list, # as `obtain` takes them
     budget:Budget, # of the comparison
+    out:str|Path, # its folder
 ):
-    "Raise `InputError` for what would fail after hours"
+    "Raise `InputError` for what would fail after hours, or end in one table with something else"
     if toolkit_version() is None: Npu().close()  # tells how to install it
     for split in ('train', 'val', budget.split): load_split(budget.data, split)
+    if budget.calibration < 1: raise InputError(f'calibration {budget.calibration}: must be at least 1')
+    names = [model_name(model) for model in models]
+    for model, name in zip(models, names):
+        if names.count(name) > 1: raise InputError(f'{model}: another model is called {name} too; give the file another name')
+    for split in ('train', 'val', 'test'):
+        for file in sorted(Path(out).glob(f'*/{split}.json')): _read_row(file, asdict(replace(budget, split=split)))
     for model in models:
         path, _, function = model.partition('=')
         if '.onnx' in model: read_onnx(path); function and resolve_decode(function)
         elif model not in CONFIGS and ultralytics_version() is None:
             raise InputError(f"{model}: not one of {', '.join(CONFIGS)}; for detectors of ultralytics, pip install -e '.[compare]'")
 
-# %% ../nbs/04a_compare.ipynb #c10dd795
+# %% ../nbs/04a_compare.ipynb #fe00ab61
 def compare(
     models:list, # as `obtain` takes them
     seeds:list, # each model is trained once with each; a given file once
@@ -503,7 +536,7 @@ def compare(
     out:str|Path, # folder of the comparison, resumed if it exists
 )->pd.DataFrame: # all finished rows of the folder, also written as `compare.json` and `compare.png`
     "Compare models on one data set with one budget"
-    check_comparison(models, budget)
+    check_comparison(models, budget, out)
     out = Path(out)
     for model, seed in [(model, seed) for seed in seeds for model in models if '.onnx' not in model or seed == seeds[0]]:
         compare_one(model, seed, budget, out)

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['InputError', 'write_whole', 'write_json', 'project_folder', 'shared_folder']
 
-# %% ../nbs/00a_core.ipynb #937e4305
+# %% ../nbs/00a_core.ipynb #001594b0
 import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 # %% ../nbs/00a_core.ipynb #f44149b2
 class InputError(ValueError):

@@ -614,13 +614,16 @@ def collate(
     for rows, objects in zip(padded, targets): rows[:len(objects)] = objects
     return torch.stack(images), padded
 
-# %% ../nbs/01a_data.ipynb #f61d8eba
+# %% ../nbs/01a_data.ipynb #777f1191
 def sample_images(
     detection_set:DetectionSet, # the split to take from
     size:tuple, # height and width of the network's input
     count:int=100, # images at most, spread evenly over the set
-)->torch.Tensor: # uint8 (n, 3, H, W) RGB, letterboxed
+)->torch.Tensor: # uint8 (n, 3, H, W) RGB, letterboxed, without those that do not decode; raises `InputError` where none does
     "Some images of a split as the network sees them"
-    chosen = np.unique(np.linspace(0, len(detection_set) - 1, min(count, len(detection_set))).astype(int))
-    images = np.stack([letterbox(detection_set.read(int(i)), size)[0] for i in chosen])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    chosen, images = np.unique(np.linspace(0, len(detection_set) - 1, min(count, len(detection_set))).astype(int)), []
+    for i in chosen:
+        try: images.append(letterbox(detection_set.read(int(i)), size)[0])
+        except InputError as error: warnings.warn(f'{error}; the image is left out')
+    if not images: raise InputError(f'{detection_set.split}: none of {len(chosen)} images can be read; give images that decode')
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()

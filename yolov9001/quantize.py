@@ -8,12 +8,14 @@ __all__ = ['WEIGHT_LEVEL', 'CALIBRATIONS', 'FIDELITY_IMAGES', 'Quantizer', 'Regi
            'fidelity', 'weight_ranges', 'plot_fidelity', 'export_qdq', 'DistilledLoss', 'output_distance', 'Student',
            'QuantizedTrainer', 'QuantConfig', 'finetune_config', 'finetune']
 
-# %% ../nbs/03_quantize.ipynb #99be9d49
+# %% ../nbs/03_quantize.ipynb #b33bda92
 import copy
+import hashlib
 import math
 import operator
+import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -30,7 +32,7 @@ from tqdm.auto import tqdm
 from .core import InputError
 from .loss import DualLoss
 from .model import YOLOv9001, write_onnx
-from .train import TrainConfig, Trainer
+from .train import TrainConfig, Trainer, read_checkpoint
 
 # %% ../nbs/03_quantize.ipynb #263a8006
 class Quantizer(nn.Module):
@@ -477,7 +479,7 @@ class Student(nn.Module):
         "What is evaluated and exported"
         return copy.deepcopy(self.twin).eval()
 
-# %% ../nbs/03_quantize.ipynb #ce34978a
+# %% ../nbs/03_quantize.ipynb #ebc5066e
 class QuantizedTrainer(Trainer):
     "Quantization-aware training from a float model"
     format = 'yolov9001-int8'
@@ -488,11 +490,20 @@ class QuantizedTrainer(Trainer):
         twin:Twin, # of this model, calibrated
         distillation:float=1., # weight of the distance to the float model
     ):
-        self.student = Student(twin, model)
+        self.student, digest = Student(twin, model), hashlib.sha256(str(distillation).encode())
+        for tensor in twin.state_dict().values(): digest.update(tensor.cpu().numpy().tobytes())
+        self.origin = digest.hexdigest()                    # weights, ranges and distillation that it begins from
         super().__init__(config)
         self.loss = DistilledLoss(distillation, self.world.total)
 
     def build(self): return self.student
+
+    def save(self,
+        name:str, # best.pt or last.pt
+        **training, # further entries
+    ):
+        "As `Trainer.save`, with the origin"
+        super().save(name, origin=self.origin, **training)
 
 # %% ../nbs/03_quantize.ipynb #436ad1f9
 @dataclass
@@ -513,15 +524,18 @@ def finetune_config(
         out=f'{config.out}/qat', epochs=config.qat_epochs, lr=config.qat_lr, optimizer='adamw', weight_decay=1e-4,
         warmup_epochs=1., ema_decay=.998, auxiliary_weight=0., mosaic=0., evaluate_every=config.qat_epochs))
 
-# %% ../nbs/03_quantize.ipynb #9a006ca8
+# %% ../nbs/03_quantize.ipynb #3d8e220e
 def finetune(
     config:QuantConfig, # of the run
     model:YOLOv9001, # trained
     twin:Twin, # of it, calibrated
-    resume:bool=False, # continue an interrupted one
+    resume:bool=False, # continue an interrupted one, if it began from the same weights and ranges
 )->QuantizedTrainer: # its average, `ema.model.deploy()`, is the result
     "Quantization-aware training of a run"
     trainer = QuantizedTrainer(finetune_config(config), model, twin, config.distillation)
-    if resume and (trainer.out/'last.pt').exists(): trainer.resume()
+    last = trainer.out/'last.pt'
+    if resume and last.exists():
+        if read_checkpoint(last, trainer.format).get('origin') == trainer.origin: trainer.resume()
+        else: warnings.warn(f'{last}: began from other weights, ranges or distillation; training on begins anew')
     trainer.fit()
     return trainer

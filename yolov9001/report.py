@@ -6,7 +6,7 @@
 __all__ = ['EVALUATIONS', 'save_evaluation', 'read_evaluations', 'embed', 'plot_history', 'plot_classes', 'count_unmatched',
            'draw_side_by_side', 'versions', 'report_pictures', 'report_mistakes', 'write_report']
 
-# %% ../nbs/04b_report.ipynb #98ce0668
+# %% ../nbs/04b_report.ipynb #bb92c086
 import base64
 import dataclasses
 import importlib.metadata
@@ -14,6 +14,7 @@ import io
 import json
 import math
 import platform
+import warnings
 from pathlib import Path
 
 import cv2
@@ -22,7 +23,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-import torch
 import yaml
 from torchvision.ops import box_iou
 
@@ -148,19 +148,21 @@ tensor by tensor: yolov9001 quantize RUN --agreement{% endif %}</p><img src="{{ 
 <h2>Configuration</h2><p class="note">Again: yolov9001 run --config config.yaml --out another/folder</p>
 <table>{% for k, v in config.items() %}<tr><th>{{ k }}<td>{{ v }}{% endfor %}</table></html>''', autoescape=True)
 
-# %% ../nbs/04b_report.ipynb #76e49248
+# %% ../nbs/04b_report.ipynb #98d83b22
 def report_pictures(
     detection_set:DetectionSet, # the val split
     found:dict, # name of a model -> its `Detections` by image id, as they are to be drawn, float first
     most:int=4, # pictures of each kind
 )->dict: # `pictures` and `worst`, as the page wants them
     "Detections drawn side by side"
-    draw = lambda i: embed(draw_side_by_side(detection_set, found, i))
+    def draw(i):
+        try: return embed(draw_side_by_side(detection_set, found, i))
+        except InputError as error: warnings.warn(f'{error}; there is no picture of it')
     first, *_, last = found.values()
     differ = np.array([count_unmatched(first[r.image_id], last[r.image_id]) for r in detection_set.records])
     shown = np.unique(np.linspace(0, len(differ) - 1, min(most, len(differ))).round().astype(int))
     worst = [i for i in np.argsort(-differ, kind='stable')[:most] if differ[i]]
-    return dict(pictures=[draw(i) for i in shown], worst=[(differ[i], draw(i)) for i in worst])
+    return dict(pictures=[*filter(None, map(draw, shown))], worst=[(differ[i], picture) for i in worst if (picture := draw(i))])
 
 # %% ../nbs/04b_report.ipynb #c22859d0
 def report_mistakes(

@@ -6,7 +6,7 @@
 __all__ = ['TARGETS', 'ALGORITHMS', 'toolkit_version', 'OnnxFile', 'read_onnx', 'random_calibration', 'Compiled', 'Npu',
            'simulate_file', 'mixed_outputs', 'bench', 'bench_board', 'bench_targets']
 
-# %% ../nbs/04_rk3588_bench.ipynb #704453c9
+# %% ../nbs/04_rk3588_bench.ipynb #4cbf8991
 import os
 import re
 import subprocess
@@ -26,7 +26,7 @@ from fastcore.basics import patch
 from google.protobuf.message import DecodeError
 from onnxruntime import InferenceSession
 from .core import InputError, write_whole
-from .latency import estimate_ms, layer_ms, parse_layer_table
+from .latency import estimate_ms, parse_layer_table
 
 # %% ../nbs/04_rk3588_bench.ipynb #72c7d07a
 def toolkit_version(
@@ -49,7 +49,7 @@ class OnnxFile:
     outputs:list   # names of the outputs, in order
     quantized:bool # holds QuantizeLinear nodes, that is its own INT8 scales
 
-# %% ../nbs/04_rk3588_bench.ipynb #d618cabf
+# %% ../nbs/04_rk3588_bench.ipynb #5f5aad92
 def read_onnx(
     path:str|Path, # an ONNX detector with one image input of fixed height and width
 )->OnnxFile: # raises `InputError` for what the compiler cannot take
@@ -65,6 +65,9 @@ def read_onnx(
     if len(shape) != 4 or '?' in shape[1:]:
         found = 'x'.join(map(str, shape))
         raise InputError(f"{path}: input {inputs[0].name} is {found}; export it with a fixed 1x3xHxW")
+    if shape[0] not in (1, '?') or inputs[0].type.tensor_type.elem_type != onnx.TensorProto.FLOAT:
+        found = f"{'x'.join(map(str, shape))} of {onnx.helper.tensor_dtype_to_np_dtype(inputs[0].type.tensor_type.elem_type)}"
+        raise InputError(f"{path}: input {inputs[0].name} is {found}; export it for one image of float32")
     return OnnxFile(path, inputs[0].name, tuple(shape[1:]), [o.name for o in graph.output],
                     any(n.op_type == 'QuantizeLinear' for n in graph.node))
 
@@ -364,7 +367,7 @@ def bench(
         for line in mixed_outputs(onnx_path, calibration): warnings.warn(line, stacklevel=2)
     return replace(compiled, calibration='random') if noise else compiled
 
-# %% ../nbs/04_rk3588_bench.ipynb #ae1dcbed
+# %% ../nbs/04_rk3588_bench.ipynb #e90d838d
 def bench_board(
     onnx_path:str|Path, # any ONNX detector with one image input of fixed size
     host:str, # host or host:port of the board's adb
@@ -381,6 +384,7 @@ def bench_board(
         error, told, log = npu._ask('measure')
     if error: raise _explain(onnx_path, error, log)
     median, p90 = np.percentile(1000*np.diff(marks)[1:], (50, 90)).tolist()  # the first one loads
+    if not onnx_file.quantized: compiled = replace(compiled, calibration='random')
     return compiled.metrics() | dict(board=host, board_call_ms=median, board_call_ms_p90=p90, board_perf=told)
 
 # %% ../nbs/04_rk3588_bench.ipynb #fa61b6f5

@@ -73,7 +73,7 @@ class TrainConfig:
     gradient_bits:int = 32          # 16 to exchange gradients between devices as bfloat16
     workers:int = -1                # processes that load images, -1 for none on the CPU and 4 with a GPU
 
-# %% ../nbs/02_train.ipynb #b3911d55
+# %% ../nbs/02_train.ipynb #91b8ff4c
 def make_config(
     kind:type, # `TrainConfig` or a subclass
     values:dict, # by name; texts are converted to the field's type
@@ -86,8 +86,11 @@ def make_config(
             near = difflib.get_close_matches(name, known, 1) or sorted(known)
             raise InputError(f"parameter {name!r}: unknown; did you mean {', '.join(near)}?")
         wanted = type(known[name].default)
+        if wanted is str and isinstance(value, bool): value = 'yes' if value else 'no'     # YAML reads them so
         try: converted[name] = wanted(value)
-        except (TypeError, ValueError): raise InputError(f"parameter {name}={value!r}: not of type {wanted.__name__}; the default is {known[name].default!r}") from None
+        except (TypeError, ValueError): converted[name] = None
+        if value is None or converted[name] is None or wanted is int and converted[name] != float(value):
+            raise InputError(f"parameter {name}={value!r}: not of type {wanted.__name__}; the default is {known[name].default!r}")
     return kind(**converted)
 
 # %% ../nbs/02_train.ipynb #b3ac5d68
@@ -181,12 +184,12 @@ def build(self:Trainer
     if not self.config.auxiliary_weight: model.auxiliary = None
     return model
 
-# %% ../nbs/02_train.ipynb #039f9dd2
+# %% ../nbs/02_train.ipynb #b88b3d1e
 def check_parallel(
     config:TrainConfig, # of the run
 ):
     "Raise `InputError` for counts and choices that do not exist"
-    counts = dict(epochs=1, batch_size=1, device_batch=0, save_every=1)
+    counts = dict(epochs=1, batch_size=1, device_batch=0, save_every=1, evaluate_every=1)
     for name, least in counts.items():
         if getattr(config, name) < least: raise InputError(f'{name} {getattr(config, name)}: must be at least {least}')
     choices = dict(precision=('auto', 'float32', 'bfloat16'), sync_batchnorm=('auto', 'yes', 'no'), gradient_bits=(32, 16))
@@ -273,7 +276,7 @@ def step(self:Trainer,
     self.ema.update(self.model)
     return dict(zip(rows[0], values))
 
-# %% ../nbs/02_train.ipynb #d4449c15
+# %% ../nbs/02_train.ipynb #547571d3
 @patch
 def run_epoch(self:Trainer
 )->dict: # mean loss by part, learning rate, images a second
@@ -283,7 +286,7 @@ def run_epoch(self:Trainer
     warmup = max(1, int(min(config.warmup_epochs * batches, steps / 10)))
     self.model.train()
     self.sampler.epoch, self.sampler.start, started, seconds = self.epoch, first, time.perf_counter(), self.seconds
-    seen = lambda: min(self.batch * config.batch_size, len(self.train)) - first * config.batch_size
+    seen = lambda: min(self.batch * config.batch_size, len(self.train)) - min(first * config.batch_size, len(self.train))
     with tqdm(self.loader, f'epoch {self.epoch + 1}/{config.epochs}', batches, False, initial=first, disable=self.quiet) as bar:
         for images, targets in bar:
             rate = peak * learning_rate(self.epoch * batches + self.batch, steps, warmup, config.final_lr)

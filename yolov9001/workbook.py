@@ -99,14 +99,14 @@ def write_config(
     with write_whole(Path(config.out)/'config.yaml') as temporary:
         temporary.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
 
-# %% ../nbs/05_workbook.ipynb #8002f2ed
+# %% ../nbs/05_workbook.ipynb #b748f247
 def train_stage(
     config:RunConfig, # of the run
     resume:bool=False, # continue the run in `config.out`
     overwrite:bool=False, # start anew although there is one
 )->dict: # metrics so far, empty in all processes but the first
     "Train, evaluate the best checkpoint, export it; of several processes the first does what follows the training"
-    if not config.batch_size or int(os.environ.get('WORLD_SIZE', 1)) > 1: config = negotiate(config)
+    if not config.batch_size or int(os.environ.get('WORLD_SIZE', 1)) > 1: config = negotiate(config, overwrite)
     trainer = train(config, resume, overwrite)
     if trainer.world.rank > 0: return {}
     out, size = trainer.out, trainer.size
@@ -122,7 +122,7 @@ def train_stage(
         train_images_per_s=len(trainer.train) * config.epochs / trainer.seconds,
         train_precision='bfloat16' if trainer.bfloat16 else 'float32')
 
-# %% ../nbs/05_workbook.ipynb #505fca34
+# %% ../nbs/05_workbook.ipynb #af87d63c
 def simulate(
     config:RunConfig, # its `out` and `target`
     npu:Npu, # compiles and simulates
@@ -141,7 +141,7 @@ def simulate(
     with write_whole(out/'code_differences.csv') as temporary: shares.rename_axis('difference').rename('share').to_csv(temporary)
     result = evaluate(npu, val, size)
     save_evaluation(result, out/f'evaluation_{name}.json')
-    numbers = {key: value for key, value in compiled.metrics().items() if isinstance(value, (int, float))}
+    numbers = {key: value for key, value in compiled.metrics().items() if value is None or isinstance(value, (int, float))}
     return update_metrics(out, **{f'map_{name}': result.map, f'map50_{name}': result.map50}, **numbers,
                           codes_equal=100 * shares.loc[0], codes_within_one=100 * shares.loc[-1:1].sum(),
                           score_levels=len({row['score'] for row in result.detections}))
@@ -184,7 +184,7 @@ def agreement_stage(
     if (out/'report.html').exists(): write_report(out, val)
     return table
 
-# %% ../nbs/05_workbook.ipynb #c39810ca
+# %% ../nbs/05_workbook.ipynb #324510d0
 def quantize_stage(
     config:RunConfig, # of a run whose `best.pt` exists
     resume:bool=False, # continue an interrupted quantization-aware training
@@ -193,7 +193,9 @@ def quantize_stage(
     check_config(config)
     out, size, (train_split, val) = Path(config.out), parse_size(config.input_size), load_data(config)
     model, twin = calibrated_twin(config, train_split)
-    for name in ('int8_ptq', 'int8_qat'):                   # what an earlier quantization found
+    write_config(config)
+    for name in ('agreement', 'sensitivity'): (out/f'{name}.csv').unlink(missing_ok=True)    # of an earlier quantization
+    for name in ('int8_ptq', 'int8_qat'):
         (out/f'evaluation_{name}.json').unlink(missing_ok=True)
         update_metrics(out, **{f'map_{name}': None, f'map50_{name}': None})
     tables = dict(fidelity=fidelity(twin, sample_images(val, size, FIDELITY_IMAGES)), weight_ranges=weight_ranges(twin))
@@ -266,7 +268,7 @@ def list_images(
         raise InputError(f"{source}: no image there; give an image or a folder of {', '.join(suffixes)}")
     return files
 
-# %% ../nbs/05_workbook.ipynb #6e156e97
+# %% ../nbs/05_workbook.ipynb #eda3dc30
 def detect(
     path:str|Path, # best.pt or model.onnx
     source:str|Path, # image, or folder of images
@@ -275,6 +277,7 @@ def detect(
 )->int: # images drawn; raises `InputError` where none decodes
     "Find objects in images and draw them"
     predict, names, size = load_predictor(path)
+    if Path(out).resolve() in (Path(source).resolve(), Path(source).resolve().parent): raise InputError(f'{out}: holds the images themselves; give another --out')
     rows, drawn = [], 0
     for number, file in enumerate(tqdm(list_images(source), desc='detect', unit='image')):
         image = cv2.imread(str(file))
@@ -285,7 +288,7 @@ def detect(
         found = found._replace(boxes=torch.as_tensor(frame.undo(found.boxes.numpy())))
         rows += [row | dict(file_name=file.name) for row in to_results(number, found, list(range(1, len(names) + 1)))]
         picture = draw_detections(rgb, found.boxes, found.classes, names, found.scores)
-        with write_whole(Path(out)/f'{file.stem}.jpg') as temporary: cv2.imwrite(str(temporary), picture[..., ::-1])
+        with write_whole(Path(out)/file.name) as temporary: cv2.imwrite(str(temporary), picture[..., ::-1])
         drawn += 1
     if not drawn: raise InputError(f'{source}: no image decodes; give jpg or png files')
     write_json(rows, Path(out)/'detections.json')
