@@ -9,7 +9,7 @@ DEMO := $(addprefix -p ,input_size=128x160 epochs=20 batch_size=8 lr=0.005 mosai
 
 .PHONY: demo test notebooks system check-export clean
 demo: .venv/installed
-	$(BIN)/yolov9001 run --data $(DATA) --out $(OUT) --resume $(if $(filter digits,$(DATA)),$(DEMO))
+	$(BIN)/yolov9001 run --data "$(DATA)" --out "$(OUT)" --resume $(if $(filter digits,$(DATA)),$(DEMO))
 
 test: .venv/installed check-export
 	$(MAKE) --jobs=2 notebooks system
@@ -19,7 +19,7 @@ notebooks: .venv/installed
 	cd nbs && OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" ../$(BIN)/nbdev_test --n_workers 1 --timing
 
 system: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs --durations=10 tests
 
 check-export: .venv/installed
 	$(BIN)/python tests/check_export.py

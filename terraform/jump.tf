@@ -32,8 +32,6 @@ resource "aws_instance" "jump" {
     encrypted   = true
     volume_type = "gp3"
     volume_size = var.jump_gib
-    iops        = 6000
-    throughput  = 600
   }
   lifecycle {
     ignore_changes = [ami, user_data] # no reason to lose the results
@@ -94,7 +92,7 @@ locals {
 }
 
 resource "terraform_data" "prep" {
-  triggers_replace = [aws_instance.jump.id, local.jump_names, var.send_folders]
+  triggers_replace = [aws_instance.jump.id, aws_instance.jump.public_ip, local.jump_names, var.send_folders] # a new address: it was started again
   depends_on = [
     aws_route_table_association.cluster,
     aws_vpc_security_group_ingress_rule.ssh,
@@ -108,6 +106,12 @@ resource "terraform_data" "prep" {
     environment = {
       SSH_KEY = var.ssh_private_key == null ? "" : pathexpand(var.ssh_private_key)
       NAMES   = join("\n", [for name, value in local.jump_names : "${name}='${value}'"])
+    }
+  }
+  lifecycle {
+    precondition {
+      condition     = !contains(["stopping", "stopped"], aws_instance.jump.instance_state)
+      error_message = "The jump host is stopped, and ML servers would wait for it in vain. Start it first: terraform output -raw start_jump is the command."
     }
   }
 }

@@ -101,7 +101,6 @@ resource "aws_instance" "mlserver" {
     encrypted   = true
     volume_type = "gp3"
     volume_size = var.root_gib
-    throughput  = 250
   }
   depends_on = [terraform_data.prep]
   lifecycle {

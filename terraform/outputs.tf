@@ -30,14 +30,18 @@ output "mlserver_public_ips" {
   value       = var.efa ? aws_eip.efa[*].public_ip : aws_instance.mlserver[*].public_ip
 }
 
+locals { # as push.sh does
+  identity = var.ssh_private_key == null ? "" : "-i '${pathexpand(var.ssh_private_key)}' "
+}
+
 output "attach" {
   description = "Look into the training, server by server; leave with Ctrl-a d"
-  value       = [for ip in var.efa ? aws_eip.efa[*].public_ip : aws_instance.mlserver[*].public_ip : "ssh -t ubuntu@${ip} screen -x ddptrain"]
+  value       = [for ip in var.efa ? aws_eip.efa[*].public_ip : aws_instance.mlserver[*].public_ip : "ssh ${local.identity}-t ubuntu@${ip} screen -x ddptrain"]
 }
 
 output "fetch_results" {
   description = "Copy logs and checkpoints from the jump host"
-  value       = "rsync -az ubuntu@${aws_instance.jump.public_ip}:/srv/yolov9001/results/ runs/${var.name}/"
+  value       = "mkdir -p runs && rsync -az -e \"ssh ${local.identity}\" ubuntu@${aws_instance.jump.public_ip}:/srv/yolov9001/results/ runs/${var.name}/"
 }
 
 output "start_jump" {

@@ -13,6 +13,7 @@ import pytest
 REPO = Path(__file__).parents[1]
 TERRAFORM, TOOLS = REPO/'terraform', REPO/'terraform'/'.venv'/'bin'
 TYPES = 'c8gn.8xlarge', 'g5.xlarge'
+SECRETS = {'credentials': 'fake-secret-of-the-credentials', 'key': 'fake-content-of-the-private-key'}
 
 
 def run(*words, expect=0, **options):
@@ -97,7 +98,7 @@ def fake_aws(tmp_path_factory):
         port = probe.getsockname()[1]
     server = subprocess.Popen([tool('python'), TERRAFORM/'tests'/'fake_aws.py', str(port)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert server.stdout.readline().strip() == 'ready'
-    yield dict(AWS_ENDPOINT_URL=f'http://127.0.0.1:{port}', AWS_ACCESS_KEY_ID='test', AWS_SECRET_ACCESS_KEY='test', AWS_EC2_METADATA_DISABLED='true', AWS_MAX_ATTEMPTS='2',
+    yield dict(AWS_ENDPOINT_URL=f'http://127.0.0.1:{port}', AWS_ACCESS_KEY_ID='test', AWS_SECRET_ACCESS_KEY=SECRETS['credentials'], AWS_EC2_METADATA_DISABLED='true', AWS_MAX_ATTEMPTS='2',
                NO_PROXY='127.0.0.1')
     server.kill()
     server.wait()
@@ -126,8 +127,9 @@ def applied(configuration, fake_aws):
     (folder.parent/'bin').mkdir()
     (folder.parent/'bin'/'ssh').write_text(FAKE_SSH)
     (folder.parent/'bin'/'ssh').chmod(0o755)
+    (folder.parent/'user key').write_text(SECRETS['key'])
     environment = environment | fake_aws | dict(PATH=f"{folder.parent}/bin:{environment['PATH']}", SSH_LOG=str(folder.parent/'ssh.log'))
-    options = dict(cwd=folder, env=environment | dict(TF_VAR_ssh_cidr='203.0.113.7/32', TF_VAR_ssh_public_key='tests/user_key.pub', TF_VAR_ml_count='2',
+    options = dict(cwd=folder, env=environment | dict(TF_VAR_ssh_cidr='203.0.113.7/32', TF_VAR_ssh_public_key='tests/user_key.pub', TF_VAR_ssh_private_key=str(folder.parent/'user key'), TF_VAR_ml_count='2',
                                                       TF_VAR_parameters='{"epochs": "2"}'))
     steps = {}
     def terraform(step, *words, prep=0, expect=0):
@@ -161,16 +163,26 @@ def test_the_cost_is_shown_before_anything_is_created(applied):
 def test_outputs(applied):
     outputs = {name: entry['value'] for name, entry in json.loads(applied['outputs']).items()}
     assert len(set(outputs['mlserver_public_ips'])) == 2
-    assert outputs['attach'] == [f'ssh -t ubuntu@{ip} screen -x ddptrain' for ip in outputs['mlserver_public_ips']]
-    assert outputs['jump_public_ip'] in outputs['fetch_results']
+    key, = set(re.findall("-i '([^']+)'", ' '.join(outputs['attach'])))
+    assert Path(key).read_text() == SECRETS['key']
+    assert outputs['attach'] == [f"ssh -i '{key}' -t ubuntu@{ip} screen -x ddptrain" for ip in outputs['mlserver_public_ips']]
     assert f"ubuntu@{outputs['jump_public_ip']} sudo bash /srv/yolov9001/repo/terraform/scripts/prep.sh /etc/yolov9001.env" in applied['ssh']
+
+
+def test_results_are_fetched_into_a_folder_that_need_not_exist(applied, tmp_path):
+    fetch = json.loads(applied['outputs'])['fetch_results']['value']
+    (tmp_path/'rsync').write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >{tmp_path}/words\n')
+    (tmp_path/'rsync').chmod(0o755)
+    run('bash', '-c', fetch, cwd=tmp_path, env=os.environ | dict(PATH=f"{tmp_path}:{os.environ['PATH']}"))
+    *_, identity, source, target = (tmp_path/'words').read_text().splitlines()
+    assert identity.startswith("ssh -i '") and source.endswith(':/srv/yolov9001/results/') and (tmp_path/target).parent.is_dir()
 
 
 def test_tags_and_no_secret_in_the_state(applied):
     resources = json.loads(applied['state'])['values']['root_module']['resources']
     servers = [resource['values'] for resource in resources if resource['address'].startswith('aws_instance.mlserver')]
     assert [(server['tags_all']['Cluster'], server['tags_all']['Role'], server['iam_instance_profile']) for server in servers] == [('yolov9001', 'mlserver', '')] * 2
-    assert 'PRIVATE KEY' not in applied['state'] and 'AWS_SECRET' not in applied['state']
+    for secret in SECRETS.values(): assert secret not in applied['state'] + applied['user data'] + applied['ssh']
 
 
 def test_user_data_is_valid_for_cloud_init(applied, tmp_path):
@@ -240,4 +252,4 @@ def test_skypilot_calls_the_launch_script(tmp_path):
     run('bash', '-n', '-c', task['setup'])
     run('bash', '-c', task['run'], cwd=REPO, env=os.environ | task['envs'] | dict(HOME=str(tmp_path), SKYPILOT_NODE_IPS='10.0.0.1\n10.0.0.2', SKYPILOT_NODE_RANK='1'))
     assert (tmp_path/'words').read_text().split() == ['train', '--data', f'{tmp_path}/yolov9001/store/data/coco', '--out', f'{tmp_path}/yolov9001/results/train',
-        '--hosts', '10.0.0.1,10.0.0.2', '--address', '10.0.0.2', '--devices', 'auto', '-p', 'epochs=300']
+        '--hosts', '10.0.0.1,10.0.0.2', '--address', '10.0.0.2', '--devices', 'auto', '--resume', '-p', 'epochs=300']

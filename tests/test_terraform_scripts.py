@@ -347,7 +347,8 @@ def launch(folder, code):
 def test_a_run_that_came_with_the_blob_goes_on(tmp_path):
     assert launch(tmp_path, 0).returncode == 0
     assert (tmp_path/'results'/'old'/'last.pt').read_text() == 'state'
-    assert f'trained train --data {tmp_path}/repo/mine --out {tmp_path}/results/old' in (tmp_path/'results'/'train.log').read_text()
+    told = next(line for line in (tmp_path/'results'/'train.log').read_text().splitlines() if line.startswith('trained'))
+    assert told.startswith(f'trained train --data {tmp_path}/repo/mine --out {tmp_path}/results/old') and '--resume' in told.split()     # else it would refuse the folder
     assert (tmp_path/'ended').exists()
 
 

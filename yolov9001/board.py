@@ -135,26 +135,24 @@ def read_frames(
         image = cv2.imread(str(file))
         if image is not None: yield file.name, cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
-# %% ../nbs/04c_board.ipynb #936e2aff
-def _process(runtime, fitter, image, limits):
+# %% ../nbs/04c_board.ipynb #6f6bc83c
+def _process(runtime, fitter, image, confidence):
     "One frame through prepare, run and decode: what was found, and when each stage ended"
     canvas, marks = fitter.fit(image), [time.perf_counter()]
     outputs = runtime.run(canvas)
     marks.append(time.perf_counter())
-    boxes, scores, classes = decode(outputs, *limits)
+    boxes, scores, classes = decode(outputs, confidence)
     return (fitter.undo(boxes), scores, classes), [*marks, time.perf_counter()]
 
-# %% ../nbs/04c_board.ipynb #9004898b
+# %% ../nbs/04c_board.ipynb #5acad628
 class Pipeline:
     "Frames through several runtimes at once"
     def __init__(self,
         runtimes:list, # one a core
         size:tuple, # (height, width) of the network's input
         confidence:float=.3, # as `decode`
-        iou:float=.65, # as `decode`
-        max_detections:int=300, # as `decode`
     ):
-        self.runtimes, self.size, self.limits = runtimes, size, (confidence, iou, max_detections)
+        self.runtimes, self.size, self.confidence = runtimes, size, confidence
         self.lock, self.results, self.times, self.errors, self.stopped = threading.Lock(), {}, [], [], False
 
     def run(self,
@@ -183,7 +181,7 @@ class Pipeline:
                     if (frame := next(frames, None)) is None: return
                     marks.append(time.perf_counter())
                 number, (name, image) = frame
-                found, later = _process(runtime, fitter, image, self.limits)
+                found, later = _process(runtime, fitter, image, self.confidence)
                 self.results[number] = name, found
                 self.times.append(np.diff(marks + later))
         except Exception as error: self.errors.append(error)

@@ -14,7 +14,7 @@ train() { # the one place that knows the command
   local words=() word
   for word in $PARAMETERS; do words+=(-p "$word"); done
   echo "$BASHPID" >"$ROOT/train.pid"
-  exec "$VENV/bin/yolov9001" train --data "$data" --out "$results/$RUN" --hosts "$HOSTS" --address "$ADDRESS" --devices auto "${words[@]}"
+  exec "$VENV/bin/yolov9001" train --data "$data" --out "$results/$RUN" --hosts "$HOSTS" --address "$ADDRESS" --devices auto --resume "${words[@]}"
 }
 
 run() { # install, continue a run that came with the blob, train; `set -e` does not hold in here, its exit code is asked for
