@@ -1,5 +1,5 @@
 # make demo [DATA=folder] [OUT=folder]: the whole chain, from images to an INT8 model and its report; again, it goes on where it was stopped
-# make test: notebooks and package agree, every notebook runs (make notebooks), whole-system tests (make system)
+# make test: notebooks and package agree, every notebook runs (make notebooks), whole-system tests (make system, make cluster)
 PYTHON ?= python3.11
 BIN := .venv/bin
 DATA ?= digits
@@ -7,19 +7,24 @@ OUT ?= runs/demo-$(notdir $(patsubst %/,%,$(DATA)))
 # small images and little augmentation: legible digits within minutes on two cores
 DEMO := $(addprefix -p ,input_size=128x160 epochs=20 batch_size=8 lr=0.005 mosaic=0 scale=0.2 hue=0 saturation=0.3 value=0.3 flip=0 auxiliary_weight=0)
 
-.PHONY: demo test notebooks system check-export clean
+.PHONY: demo test notebooks system cluster check-export clean
 demo: .venv/installed
 	$(BIN)/yolov9001 run --data "$(DATA)" --out "$(OUT)" --resume $(if $(filter digits,$(DATA)),$(DEMO))
 
 test: .venv/installed check-export
-	$(MAKE) --jobs=2 notebooks system
+	$(MAKE) --jobs=2 notebooks system cluster
 
-# side by side, one thread each: most of them compute on one core and wait for the disk or each other
+# two at a time, one thread each: most of them compute on one core and wait for the disk or each other
 notebooks: .venv/installed
 	cd nbs && OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" ../$(BIN)/nbdev_test --n_workers 1 --timing
 
+CLUSTER := $(wildcard tests/test_cluster.py tests/test_terraform_*.py)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs --durations=10
 system: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs --durations=10 tests
+	$(PYTEST) $(addprefix --ignore=,$(CLUSTER)) tests
+
+cluster: .venv/installed
+	$(PYTEST) $(CLUSTER)
 
 check-export: .venv/installed
 	$(BIN)/python tests/check_export.py
