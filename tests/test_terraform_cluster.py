@@ -170,12 +170,12 @@ def test_outputs(applied):
 
 
 def test_results_are_fetched_into_a_folder_that_need_not_exist(applied, tmp_path):
-    fetch = json.loads(applied['outputs'])['fetch_results']['value']
+    fetch, jump = (json.loads(applied['outputs'])[name]['value'] for name in ('fetch_results', 'jump_public_ip'))
     (tmp_path/'rsync').write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >{tmp_path}/words\n')
     (tmp_path/'rsync').chmod(0o755)
     run('bash', '-c', fetch, cwd=tmp_path, env=os.environ | dict(PATH=f"{tmp_path}:{os.environ['PATH']}"))
     *_, identity, source, target = (tmp_path/'words').read_text().splitlines()
-    assert identity.startswith("ssh -i '") and source.endswith(':/srv/yolov9001/results/') and (tmp_path/target).parent.is_dir()
+    assert identity.startswith("ssh -i '") and source == f'ubuntu@{jump}:/srv/yolov9001/results/' and (tmp_path/target).parent.is_dir()
 
 
 def test_tags_and_no_secret_in_the_state(applied):

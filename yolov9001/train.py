@@ -73,7 +73,7 @@ class TrainConfig:
     gradient_bits:int = 32          # 16 to exchange gradients between devices as bfloat16
     workers:int = -1                # processes that load images, -1 for none on the CPU and 4 with a GPU
 
-# %% ../nbs/02_train.ipynb #91b8ff4c
+# %% ../nbs/02_train.ipynb #d6a957c2
 def make_config(
     kind:type, # `TrainConfig` or a subclass
     values:dict, # by name; texts are converted to the field's type
@@ -87,10 +87,11 @@ def make_config(
             raise InputError(f"parameter {name!r}: unknown; did you mean {', '.join(near)}?")
         wanted = type(known[name].default)
         if wanted is str and isinstance(value, bool): value = 'yes' if value else 'no'     # YAML reads them so
-        try: converted[name] = wanted(value)
-        except (TypeError, ValueError): converted[name] = None
-        if value is None or converted[name] is None or wanted is int and converted[name] != float(value):
-            raise InputError(f"parameter {name}={value!r}: not of type {wanted.__name__}; the default is {known[name].default!r}")
+        try:
+            if value is None or wanted is int and float(value) % 1: raise ValueError
+            converted[name] = wanted(value)
+        except (TypeError, ValueError):
+            raise InputError(f"parameter {name}={value!r}: not of type {wanted.__name__}; the default is {known[name].default!r}") from None
     return kind(**converted)
 
 # %% ../nbs/02_train.ipynb #b3ac5d68

@@ -268,7 +268,7 @@ def list_images(
         raise InputError(f"{source}: no image there; give an image or a folder of {', '.join(suffixes)}")
     return files
 
-# %% ../nbs/05_workbook.ipynb #eda3dc30
+# %% ../nbs/05_workbook.ipynb #953921c7
 def detect(
     path:str|Path, # best.pt or model.onnx
     source:str|Path, # image, or folder of images
@@ -277,9 +277,9 @@ def detect(
 )->int: # images drawn; raises `InputError` where none decodes
     "Find objects in images and draw them"
     predict, names, size = load_predictor(path)
-    if Path(out).resolve() in (Path(source).resolve(), Path(source).resolve().parent): raise InputError(f'{out}: holds the images themselves; give another --out')
-    rows, drawn = [], 0
-    for number, file in enumerate(tqdm(list_images(source), desc='detect', unit='image')):
+    files, rows, drawn = list_images(source), [], 0
+    if Path(out).resolve() == files[0].parent.resolve(): raise InputError(f'{out}: holds the images themselves; give another --out')
+    for number, file in enumerate(tqdm(files, desc='detect', unit='image')):
         image = cv2.imread(str(file))
         if image is None: warnings.warn(f'{file}: does not decode, skipped'); continue
         rgb = np.ascontiguousarray(image[..., ::-1])
@@ -288,7 +288,8 @@ def detect(
         found = found._replace(boxes=torch.as_tensor(frame.undo(found.boxes.numpy())))
         rows += [row | dict(file_name=file.name) for row in to_results(number, found, list(range(1, len(names) + 1)))]
         picture = draw_detections(rgb, found.boxes, found.classes, names, found.scores)
-        with write_whole(Path(out)/file.name) as temporary: cv2.imwrite(str(temporary), picture[..., ::-1])
+        name = file.name if cv2.haveImageWriter(file.name) else f'{file.name}.jpg'
+        with write_whole(Path(out)/name) as temporary: cv2.imwrite(str(temporary), picture[..., ::-1])
         drawn += 1
     if not drawn: raise InputError(f'{source}: no image decodes; give jpg or png files')
     write_json(rows, Path(out)/'detections.json')
