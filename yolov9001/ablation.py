@@ -49,7 +49,7 @@ class SPPF(nn.Module):
         for _ in range(3): maps.append(F.max_pool2d(maps[-1], self.ks, 1, self.ks // 2))
         return self.join(torch.cat(maps, 1))
 
-# %% ../nbs/03b_ablation.ipynb #82d305f8
+# %% ../nbs/03b_ablation.ipynb #c2c1b4d4
 class RepVGGBlock(nn.Module):
     "3x3, 1x1 and identity, each with a BatchNorm of its own, ReLU after the sum (arXiv 2101.03697)"
     def __init__(self,
@@ -73,10 +73,11 @@ class RepVGGBlock(nn.Module):
 
     def fused(self)->FusedConv:
         "One 3x3 convolution"
-        none, centred = torch.zeros(1), lambda weight: F.pad(weight, (1, 1, 1, 1))
-        parts = [fold_batchnorm(self.conv3.weight, none, self.bn3),
-                 fold_batchnorm(centred(self.conv1.weight), none, self.bn1)]
-        if self.bn0: parts.append(fold_batchnorm(centred(torch.eye(self.bn0.num_features)[:, :, None, None]), none, self.bn0))
+        centred = lambda weight: F.pad(weight, (1, 1, 1, 1))
+        parts = [fold_batchnorm(self.conv3.weight, 0., self.bn3), fold_batchnorm(centred(self.conv1.weight), 0., self.bn1)]
+        if self.bn0:
+            identity = torch.eye(self.bn0.num_features, device=self.conv3.weight.device)[:, :, None, None]
+            parts.append(fold_batchnorm(centred(identity), 0., self.bn0))
         weight, bias = (sum(values) for values in zip(*parts))
         return FusedConv(weight, bias, self.stride, 1, self.act)
 

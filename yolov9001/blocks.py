@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/00_blocks.ipynb #16b37e24
+# %% ../nbs/00_blocks.ipynb #22e55044
 class FusedConv(nn.Module):
     "A convolution with bias and an optional ReLU: one operator on the NPU"
     def __init__(self,
@@ -25,7 +25,7 @@ class FusedConv(nn.Module):
     ):
         super().__init__()
         cout, cin, ks, _ = weight.shape
-        self.conv = nn.Conv2d(cin, cout, ks, stride, padding)
+        self.conv = nn.Conv2d(cin, cout, ks, stride, padding, device=weight.device)
         self.conv.weight.data.copy_(weight); self.conv.bias.data.copy_(bias)
         self.act = nn.ReLU() if act else nn.Identity()
 
@@ -34,10 +34,10 @@ class FusedConv(nn.Module):
     )->Tensor: # (B, cout, H/stride, W/stride)
         return self.act(self.conv(x))
 
-# %% ../nbs/00_blocks.ipynb #416eabda
+# %% ../nbs/00_blocks.ipynb #104b30a4
 def fold_batchnorm(
     weight:Tensor, # (cout, cin, k, k)
-    bias:Tensor, # (cout,)
+    bias:Tensor|float, # (cout,), or 0 where it has none
     bn:nn.BatchNorm2d, # behind the convolution; its running statistics are used
 )->tuple[Tensor, Tensor]: # weight and bias of the convolution alone, in double precision
     "Fold `bn` into the convolution before it"
@@ -70,7 +70,7 @@ def fuse(
         return part
     with torch.no_grad(): return replaced(copy.deepcopy(module).eval()).requires_grad_(False)
 
-# %% ../nbs/00_blocks.ipynb #1cbc612f
+# %% ../nbs/00_blocks.ipynb #2053686f
 class ConvBNReLU(nn.Module):
     "Convolution, BatchNorm and ReLU"
     def __init__(self,
@@ -90,10 +90,10 @@ class ConvBNReLU(nn.Module):
 
     def fused(self)->FusedConv:
         "One convolution with the BatchNorm folded in"
-        weight, bias = fold_batchnorm(self.conv.weight, torch.zeros(1), self.bn)
+        weight, bias = fold_batchnorm(self.conv.weight, 0., self.bn)
         return FusedConv(weight, bias, self.conv.stride[0], self.conv.padding[0])
 
-# %% ../nbs/00_blocks.ipynb #21d4f55e
+# %% ../nbs/00_blocks.ipynb #abfbcb5e
 class QARepVGGBlockV2(nn.Module):
     "3x3, 1x1, identity and average-pooling branches, one BatchNorm after their sum (QARepVGG, arXiv 2212.01593; YOLOv6 v3)"
     def __init__(self,
@@ -119,7 +119,7 @@ class QARepVGGBlockV2(nn.Module):
 
     def fused(self)->FusedConv:
         "One 3x3 convolution: the pool is nine taps of 1/9, the identity a one in the centre, the last BatchNorm folded in"
-        weight, bias = fold_batchnorm(self.conv3.weight, torch.zeros(1), self.bn3)
+        weight, bias = fold_batchnorm(self.conv3.weight, 0., self.bn3)
         weight = weight + F.pad(self.conv1.weight, (1, 1, 1, 1))
         if self.has_identity:
             own = torch.eye(weight.shape[0], device=weight.device)[:, :, None, None]
@@ -188,7 +188,7 @@ class QARepNCSPELAN(nn.Module):
         second = self.stage1(first)
         return self.join(torch.cat([self.shortcut(x), first, second, self.stage2(second)], 1))
 
-# %% ../nbs/00_blocks.ipynb #245f5422
+# %% ../nbs/00_blocks.ipynb #b1178002
 class AConv(nn.Module):
     "Halve the map: 2x2 average pooling, then 3x3 convolution of stride 2 (YOLOv9, arXiv 2402.13616)"
     def __init__(self,
@@ -207,7 +207,7 @@ class AConv(nn.Module):
     def fused(self)->FusedConv:
         "One 4x4 convolution of stride 2: each 3x3 tap spread over the 2x2 pixels that its pool averaged"
         spread = sum(F.pad(self.conv.weight, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1)) / 4
-        return FusedConv(*fold_batchnorm(spread, torch.zeros(1), self.bn), 2, 1)
+        return FusedConv(*fold_batchnorm(spread, 0., self.bn), 2, 1)
 
 # %% ../nbs/00_blocks.ipynb #9ca8e145
 class FusedGeMSPPF(nn.Module):

@@ -6,12 +6,14 @@
 __all__ = ['STAGES', 'Letterbox', 'decode_level', 'suppress', 'decode', 'LiteRuntime', 'read_frames', 'Pipeline', 'latency',
            'read_size', 'run_board', 'main', 'plot_latency']
 
-# %% ../nbs/04c_board.ipynb #d3843f18
+# %% ../nbs/04c_board.ipynb #949daa2a
 import argparse
 import json
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -144,47 +146,44 @@ def _process(runtime, fitter, image, confidence):
     boxes, scores, classes = decode(outputs, confidence)
     return (fitter.undo(boxes), scores, classes), [*marks, time.perf_counter()]
 
-# %% ../nbs/04c_board.ipynb #5acad628
+# %% ../nbs/04c_board.ipynb #f3bbcc09
 class Pipeline:
     "Frames through several runtimes at once"
     def __init__(self,
         runtimes:list, # one a core
         size:tuple, # (height, width) of the network's input
         confidence:float=.3, # as `decode`
+        keep:bool=True, # what was found
     ):
-        self.runtimes, self.size, self.confidence = runtimes, size, confidence
-        self.lock, self.results, self.times, self.errors, self.stopped = threading.Lock(), {}, [], [], False
+        self.runtimes, self.size, self.confidence, self.keep = runtimes, size, confidence, keep
+        self.lock, self.results, self.times, self.stopped = threading.Lock(), {}, [], False
 
     def run(self,
         frames, # yields (name, image), as `read_frames`
     )->dict: # name -> (boxes in pixels of the image, scores, classes), in the order of the frames
         "All frames, or those until Ctrl-C"
         frames, start = enumerate(frames), time.perf_counter()
-        threads = [threading.Thread(target=self._work, args=(runtime, frames)) for runtime in self.runtimes]
-        for thread in threads: thread.start()
-        try:
-            for thread in threads: thread.join()
-        except KeyboardInterrupt:
-            self.stopped = True
-            for thread in threads: thread.join()
-        if self.errors: raise self.errors[0]
+        with ThreadPoolExecutor(len(self.runtimes)) as pool:
+            work = [pool.submit(self._work, runtime, frames) for runtime in self.runtimes]
+            try:
+                for each in as_completed(work): each.result()
+            except KeyboardInterrupt: pass
+            finally: self.stopped = True
         self.seconds = time.perf_counter() - start
         return {name: found for _, (name, found) in sorted(self.results.items())}
 
     def _work(self, runtime, frames):
-        "What one thread does until the frames end, or something fails"
+        "What one thread does until the frames end, or another thread fails"
         fitter = Letterbox(self.size)
-        try:
-            while not (self.errors or self.stopped):
-                with self.lock:
-                    marks = [time.perf_counter()]
-                    if (frame := next(frames, None)) is None: return
-                    marks.append(time.perf_counter())
-                number, (name, image) = frame
-                found, later = _process(runtime, fitter, image, self.confidence)
-                self.results[number] = name, found
-                self.times.append(np.diff(marks + later))
-        except Exception as error: self.errors.append(error)
+        while not self.stopped:
+            with self.lock:
+                marks = [time.perf_counter()]
+                number, (name, image) = next(frames, (None, (None, None)))
+                marks.append(time.perf_counter())
+            if image is None: return
+            found, later = _process(runtime, fitter, image, self.confidence)
+            if self.keep: self.results[number] = name, found
+            self.times.append(np.diff(marks + later))
 
 # %% ../nbs/04c_board.ipynb #a3aedadc
 STAGES = ('read', 'prepare', 'run', 'decode')
@@ -202,7 +201,7 @@ def latency(
         numbers |= {f'{stage}_ms{suffix}': float(ms) for stage, ms in zip((*STAGES, 'total'), np.percentile(times, part, axis=0))}
     return numbers
 
-# %% ../nbs/04c_board.ipynb #3a07c990
+# %% ../nbs/04c_board.ipynb #b3cfce49
 def read_size(
     text:str, # '320', or '480x640' (height first)
 )->tuple: # (height, width)
@@ -218,17 +217,18 @@ def run_board(
     frames:int=None, # at most so many, all if None
     confidence:float=.3, # as `decode`
     warmup:int=5, # first frames that do not count
+    keep:bool=True, # what was found; not for a camera that runs for days
     runtime=LiteRuntime, # called with the model and the number of a core
 )->tuple: # numbers as `latency` gives them, detections by name
     "Detect on the board and tell how long it took"
     runtimes = [runtime(model, core) for core in range(cores)]
-    pipeline, images = Pipeline(runtimes, size, confidence), read_frames(source)
-    try: found = pipeline.run(images if frames is None else (frame for frame, _ in zip(images, range(frames))))
+    pipeline, images = Pipeline(runtimes, size, confidence, keep), read_frames(source)
+    try: found = pipeline.run(islice(images, frames))
     finally:
         for each in runtimes: each.close()
-    return latency(pipeline, min(warmup, len(found)//2)) | dict(model=Path(model).name, input_size=f'{size[0]}x{size[1]}'), found
+    return latency(pipeline, min(warmup, len(pipeline.times)//2)) | dict(model=Path(model).name, input_size=f'{size[0]}x{size[1]}'), found
 
-# %% ../nbs/04c_board.ipynb #f0b1e846
+# %% ../nbs/04c_board.ipynb #e5f670c1
 def main(
     arguments:list=None, # words of the command line, those of the process if None
 )->int: # exit code: 0 done, 2 wrong input
@@ -243,7 +243,7 @@ def main(
     parser.add_argument('--json', help='file for the times')
     parser.add_argument('--detections', help='JSON file for what was found')
     a = parser.parse_args(arguments)
-    try: numbers, found = run_board(a.model, a.source, a.input_size, a.cores, a.frames, a.confidence)
+    try: numbers, found = run_board(a.model, a.source, a.input_size, a.cores, a.frames, a.confidence, keep=bool(a.detections))
     except (ImportError, RuntimeError, ValueError) as error:
         print(f'board: {error}', file=sys.stderr)
         return 2

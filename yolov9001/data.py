@@ -402,7 +402,7 @@ def _write_digits(folder, split, images, seed):
     (folder/'annotations').mkdir(exist_ok=True)
     (folder/'annotations'/f'instances_{split}.json').write_text(json.dumps(coco))
 
-# %% ../nbs/01a_data.ipynb #c370fb5e
+# %% ../nbs/01a_data.ipynb #d7c20fe7
 def make_digits(
     folder:str|Path, # written whole; a set of the same parameters is reused, anything else there raises `InputError`
     train:int=400, # images to train on
@@ -423,7 +423,10 @@ def make_digits(
     try:
         for split, images in sizes.items(): _write_digits(temporary, split, images, seed)
         temporary.chmod(0o755)
-        os.replace(temporary, folder)
+        try: os.replace(temporary, folder)
+        except OSError:
+            if not folder.exists(): raise
+            return make_digits(folder, train, val, seed)           # another process was faster
     finally: shutil.rmtree(temporary, ignore_errors=True)
     return folder
 

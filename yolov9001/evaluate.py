@@ -157,7 +157,7 @@ def _read_letterboxed(detection_set, i, size):
     try: return detection_set.records[i].image_id, *letterbox(detection_set.read(i), size)
     except InputError as error: warnings.warn(f'{error}; the image is left out of the evaluation')
 
-# %% ../nbs/01c_evaluate.ipynb #6d9f7806
+# %% ../nbs/01c_evaluate.ipynb #e0713310
 def detect_all(
     predict:Callable, # uint8 RGB tensor (B, 3, height, width) -> whatever `decode` takes
     detection_set:DetectionSet, # the images
@@ -177,7 +177,9 @@ def detect_all(
             ids, images, placed = zip(*batch)
             with torch.no_grad(): outputs = predict(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous())
             for image_id, where, image in zip(ids, placed, decode(outputs)):
-                found[image_id] = image._replace(boxes=torch.from_numpy(where.undo(image.boxes.numpy())))
+                boxes = torch.from_numpy(where.undo(image.boxes.numpy()))
+                inside = (boxes[:, 2:] > boxes[:, :2]).all(1)          # not in the border of the letterbox alone
+                found[image_id] = Detections(boxes[inside], image.scores[inside], image.classes[inside])
     return found
 
 # %% ../nbs/01c_evaluate.ipynb #5c31f4a0

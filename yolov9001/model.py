@@ -191,13 +191,13 @@ def npu_cycles(
     "Cycles that the RK3588 compiler counts for a dense convolution"
     return height * width * max(ks * ks * ceil(cin / 32) * ceil(cout / 32), 4 * ceil(cout / 32))
 
-# %% ../nbs/01_model.ipynb #07c8ccd2
+# %% ../nbs/01_model.ipynb #61d78f4a
 def layer_costs(
     model:YOLOv9001, # in training or deployed form
     size:tuple=(640, 640), # height and width of the input, multiples of 32
 )->pd.DataFrame: # one row a convolution: name, channels, height, width, parameters, macs, npu_cycles
     "What each convolution of the deployed model costs"
-    model = model.deploy()
+    model = model.deploy().cpu()
     rows, names = [], {module: name for name, module in model.named_modules()}
     def record(conv, inputs, output):
         _, cout, height, width = output.shape

@@ -63,30 +63,34 @@ class Quantizer(nn.Module):
         if not self.enabled: return x
         return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, -128, 127)
 
-# %% ../nbs/03_quantize.ipynb #1aff0f08
+# %% ../nbs/03_quantize.ipynb #2c3b5aa8
 class Register(Quantizer):
     "Levels of a tensor that the NPU does not store: written into the file, without effect in the twin"
-    limit, shared = math.inf, False
+    limit, like = math.inf, ()
 
     def __init__(self,
         limit:float=math.inf, # values beyond -limit to limit are the same to what follows
         like:Quantizer|None=None, # share its levels
     ):
         super().__init__()
-        self.limit, self.shared = limit, like is not None
-        if like: self.scale, self.zero_point = like.scale, like.zero_point
+        self.limit, self.like = limit, [like] if like else []      # in a list: no part of this one
 
     def set_range(self,
         low:float, # least value
         high:float, # largest value
     ):
         "Spread the levels over `low` to `high`, cut at the limit"
-        if not self.shared: super().set_range(max(low, -self.limit), min(high, self.limit))
+        if not self.like: super().set_range(max(low, -self.limit), min(high, self.limit))
+
+    @property
+    def levels(self)->Quantizer: # itself, or the one that it is like
+        "Whose levels the file gets"
+        return self.like[0] if self.like else self
 
     def forward(self,
         x:Tensor, # of any shape
     )->Tensor: # as it came; rounded in a file only
-        if torch.onnx.is_in_onnx_export(): return super().forward(x)
+        if torch.onnx.is_in_onnx_export(): return Quantizer.forward(self.levels, x)
         if self.observe: self.observe(x)
         return x
 
@@ -263,7 +267,7 @@ def _divergence(centres, counts, high):
     inside[-1] += counts[len(inside):].sum()
     return F.kl_div((told / told.sum()).clamp(min=1e-12).log(), inside / inside.sum(), reduction='sum').item()
 
-# %% ../nbs/03_quantize.ipynb #fc9045d5
+# %% ../nbs/03_quantize.ipynb #74eacbd1
 CALIBRATIONS = ('minmax', 'percentile', 'mse', 'kl')
 
 def best_high(
@@ -272,7 +276,7 @@ def best_high(
 )->float: # upper end of the range
     "Where to clip a tensor"
     centres, counts, high = histogram.centres(), histogram.counts, histogram.high
-    if method == 'minmax' or not counts.sum(): return high
+    if method == 'minmax' or not (high and counts.sum()): return high
     if method == 'percentile': return _percentile(centres, counts)
     cost = dict(mse=_rounding_error, kl=_divergence)[method]
     return min((high * part / 100 for part in range(30, 101)), key=lambda end: cost(centres, counts, end))
@@ -457,7 +461,7 @@ def output_distance(
         seen = seen + weight.sum()
     return distance / total(seen).clamp(min=1)
 
-# %% ../nbs/03_quantize.ipynb #61c07f65
+# %% ../nbs/03_quantize.ipynb #146ba1f4
 class Student(nn.Module):
     "A twin in training beside its float model"
     def __init__(self,
@@ -472,7 +476,8 @@ class Student(nn.Module):
         images:Tensor, # (B, 3, H, W) RGB pixels 0..255
     )->list[Tensor]: # the six outputs; while training, logits of the twin and then of the float model
         if not self.training: return self.twin(images)
-        with torch.no_grad(): wanted = self.teacher[0].to(images.device)(images)
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):    # what is exact in the twin has an exact teacher
+            wanted = self.teacher[0].to(images.device)(images.float())
         return self.twin(images) + wanted
 
     def deploy(self)->Twin: # a copy in eval mode

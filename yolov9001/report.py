@@ -122,7 +122,7 @@ def versions(
     installed = {d.metadata['Name'].lower(): d.version for d in importlib.metadata.distributions() if d.metadata['Name']}
     return {'python': platform.python_version(), **{name: installed.get(name, 'not installed') for name in names}}
 
-# %% ../nbs/04b_report.ipynb #6a4376b0
+# %% ../nbs/04b_report.ipynb #8044cbaa
 _PAGE = jinja2.Template('''<!doctype html><html lang="en"><meta charset="utf-8"><title>YOLOv9001 · {{ name }}</title>
 <style>body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}img{max-width:100%}
 table{border-collapse:collapse}td,th{padding:.2em .9em;text-align:left;border-bottom:1px solid #ddd}.big{font-size:2em}.note{color:#666}</style>
@@ -138,11 +138,13 @@ table{border-collapse:collapse}td,th{padding:.2em .9em;text-align:left;border-bo
 <h2>Where float and INT8 differ most</h2>
 {% for n, picture in worst %}<p class="note">{{ n }} detections without a partner</p><p><img src="{{ picture }}"></p>{% endfor %}
 <h2>Accuracy by class</h2><img src="{{ classes }}">
-<h2>What goes wrong</h2><p class="note">AP50 that an oracle would gain by mending one kind of mistake, and objects found with a score above {{ confidence }}, by their size</p><img src="{{ mistakes }}"><h2>Training</h2><img src="{{ history }}">
+<h2>What goes wrong</h2><p class="note">AP50 that an oracle would gain by mending one kind of mistake, and objects found with a score above {{ confidence }}, by their size</p>
+<img src="{{ mistakes }}"><h2>Training</h2><img src="{{ history }}">
 <h2>Quantization, tensor by tensor</h2><p class="note">Of the calibrated model on {{ samples }} images of the val split</p><img src="{{ fidelity }}">
 <h2>The twin and the simulator</h2><p class="note">Output codes of the last INT8 model on {{ samples }} images of the val split{% if not tensors %};
 tensor by tensor: yolov9001 quantize RUN --agreement{% endif %}</p><img src="{{ agreement }}">
-<h2>Where time and bytes go</h2><p class="note">Estimated, from the compiler's layer table (layers.csv)</p><img src="{{ layers }}">
+<h2>Where time and bytes go</h2><p class="note">Estimated, from the compiler's layer table (layers.csv){% if not m.estimated_ms %};
+the prices are those of an RK3588, for which alone they were fitted{% endif %}</p><img src="{{ layers }}">
 <h2>All numbers</h2><table>{% for k, v in m.items() %}<tr><th>{{ k }}<td>{{ v }}{% endfor %}</table>
 <h2>Made with</h2><table>{% for k, v in versions.items() %}<tr><th>{{ k }}<td>{{ v }}{% endfor %}</table>
 <h2>Configuration</h2><p class="note">Again: yolov9001 run --config config.yaml --out another/folder</p>

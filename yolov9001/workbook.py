@@ -8,10 +8,11 @@ __all__ = ['COMMANDS', 'RunConfig', 'check_config', 'update_metrics', 'read_conf
            'load_predictor', 'list_images', 'detect', 'command', 'add_arguments', 'describe_knobs', 'main',
            'run_config', 'distribute']
 
-# %% ../nbs/05_workbook.ipynb #9efdfccf
+# %% ../nbs/05_workbook.ipynb #0c5a1cff
 import argparse
 import inspect
 import json
+import math
 import os
 import sys
 import warnings
@@ -42,7 +43,7 @@ from .report import save_evaluation, write_report
 from .quantize import (CALIBRATIONS, FIDELITY_IMAGES, QuantConfig, Twin, calibrate, export_qdq,
                                 fidelity, finetune, sensitivity, weight_ranges)
 from .rk3588_bench import TARGETS, Npu, bench, bench_board, simulate_file, toolkit_version
-from .train import RUN_FILES, load_data, load_model, make_config, predictor, train
+from .train import check_classes, clear_run, load_data, load_model, make_config, predictor, prepare
 
 # %% ../nbs/05_workbook.ipynb #1c1f0fd3
 @dataclass
@@ -50,7 +51,7 @@ class RunConfig(QuantConfig):
     "What a whole run depends on, besides the images"
     target:str = 'rk3588'           # chip to compile for
 
-# %% ../nbs/05_workbook.ipynb #186c62b3
+# %% ../nbs/05_workbook.ipynb #c01dfdc6
 def check_config(
     config:RunConfig, # of a run
 ):
@@ -59,8 +60,8 @@ def check_config(
     for name, known in (('target', TARGETS), ('calibration', CALIBRATIONS)):
         value = getattr(config, name)
         if value not in known: raise InputError(f"{name} {value!r}: unknown; use one of {', '.join(known)}")
-    for name, least in (('calibration_images', 1), ('qat_epochs', 0)):
-        if getattr(config, name) < least: raise InputError(f'{name} {getattr(config, name)}: must be at least {least}')
+    for name, least in (('calibration_images', 1), ('qat_epochs', 0), ('qat_lr', 1e-9), ('distillation', 0)):
+        if not least <= getattr(config, name) < math.inf: raise InputError(f'{name} {getattr(config, name)}: must be at least {least}')
     if toolkit_version() is None:
         raise InputError('rknn-toolkit2: not installed; pip install --no-deps rknn-toolkit2==2.5.0 (x86-64 Linux), '
                          'or stop after yolov9001 train')
@@ -99,7 +100,7 @@ def write_config(
     with write_whole(Path(config.out)/'config.yaml') as temporary:
         temporary.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
 
-# %% ../nbs/05_workbook.ipynb #b748f247
+# %% ../nbs/05_workbook.ipynb #e6129aa0
 def train_stage(
     config:RunConfig, # of the run
     resume:bool=False, # continue the run in `config.out`
@@ -107,10 +108,12 @@ def train_stage(
 )->dict: # metrics so far, empty in all processes but the first
     "Train, evaluate the best checkpoint, export it; of several processes the first does what follows the training"
     if not config.batch_size or int(os.environ.get('WORLD_SIZE', 1)) > 1: config = negotiate(config, overwrite)
-    trainer = train(config, resume, overwrite)
+    trainer = prepare(config, resume, overwrite)
+    if trainer.world.rank == 0: write_config(config)
+    trainer.fit()
+    trainer.leave()
     if trainer.world.rank > 0: return {}
     out, size = trainer.out, trainer.size
-    write_config(config)
     model, _ = load_model(out/'best.pt')
     result, costs = evaluate(predictor(model), trainer.val, size), layer_costs(model, size)
     save_evaluation(result, out/'evaluation_fp32.json')
@@ -146,13 +149,14 @@ def simulate(
                           codes_equal=100 * shares.loc[0], codes_within_one=100 * shares.loc[-1:1].sum(),
                           score_levels=len({row['score'] for row in result.detections}))
 
-# %% ../nbs/05_workbook.ipynb #296195f6
+# %% ../nbs/05_workbook.ipynb #d886250e
 def calibrated_twin(
     config:RunConfig, # of a run whose `best.pt` exists
     train_split:DetectionSet, # its training images
-)->tuple: # the float model, its `Twin`; raises `InputError` for a calibration that does not exist
+)->tuple: # the float model, its `Twin`; raises `InputError` for an unknown calibration and for other classes
     "Load the best checkpoint and calibrate its twin"
-    model, _ = load_model(f'{config.out}/best.pt')
+    model, checkpoint = load_model(f'{config.out}/best.pt')
+    check_classes(f'{config.out}/best.pt', checkpoint['class_names'], config.data, train_split.class_names)
     twin = Twin(model)
     calibrate(twin, sample_images(train_split, parse_size(config.input_size), config.calibration_images), config.calibration)
     return model, twin
@@ -379,7 +383,7 @@ def _run(*,
     "Train, quantize, compile, simulate, report"
     print(f'report: {run(run_config(data, out, config, p), resume, overwrite)}')
 
-# %% ../nbs/05_workbook.ipynb #af346c0c
+# %% ../nbs/05_workbook.ipynb #89ce1216
 def distribute(
     plan:Plan, # of more than one process
     config:RunConfig, # of the run
@@ -391,8 +395,7 @@ def distribute(
     if (out/'last.pt').exists() and not (resume or overwrite or plan.hosts):
         raise InputError(f'{out}: already holds a run; choose another --out, or --resume, or --overwrite')
     load_data(config)
-    if overwrite:
-        for name in RUN_FILES: (out/name).unlink(missing_ok=True)
+    if overwrite: clear_run(out)
     write_config(config)
     program = Path(sys.executable).with_name('yolov9001')
     launch(plan, [str(program), 'train', '--config', str(out/'config.yaml'), '--out', str(out), '--resume'], out)
@@ -443,7 +446,7 @@ def _quantize(
     print_json(data=quantize_stage(run_config(None, run, run, p), resume))
     print(f'wrote {run}/model_int8.onnx, {run}/model.rknn and {run}/layers.csv')
 
-# %% ../nbs/05_workbook.ipynb #aaf04363
+# %% ../nbs/05_workbook.ipynb #db35cfa2
 def _print_evaluation(evaluation:Evaluation):
     table = Table('class', 'objects', 'AP50-95')
     for name, ap in evaluation.per_class.items(): table.add_row(name, str(evaluation.objects[name]), f'{ap:.1f}')
@@ -460,8 +463,7 @@ def _val(
     "Evaluate a model"
     predict, names, size = load_predictor(model)
     images = load_split(data, split)
-    if images.class_names != names:
-        raise InputError(f'{data}: classes {images.class_names} differ from those of {model} {names}; evaluate on data with the same')
+    check_classes(model, names, data, images.class_names)
     _print_evaluation(evaluate(predict, images, size))
 
 # %% ../nbs/05_workbook.ipynb #59348d26
