@@ -95,7 +95,7 @@ def decode(
     keep = order[suppress(boxes[order], classes[order], iou, max_detections)]
     return boxes[keep], scores[keep], classes[keep]
 
-# %% ../nbs/04c_board.ipynb #2151212a
+# %% ../nbs/04c_board.ipynb #eb0981c6
 class LiteRuntime:
     "One NPU core of the board, by rknn-toolkit-lite2"
     def __init__(self,
@@ -111,7 +111,9 @@ class LiteRuntime:
         image:np.ndarray, # (1, height, width, 3) uint8, RGB
     )->list: # the six outputs as float arrays (1, C, H/s, W/s)
         "One inference"
-        return self.rknn.inference(inputs=[image], data_format=['nhwc'])
+        outputs = self.rknn.inference(inputs=[image], data_format=['nhwc'])
+        if outputs is None: raise RuntimeError(f'{image.shape[1]}x{image.shape[2]} pixels: refused by the NPU; give the --input-size of the model')
+        return outputs
 
     def close(self):
         "Let the core go"
@@ -201,7 +203,7 @@ def latency(
         numbers |= {f'{stage}_ms{suffix}': float(ms) for stage, ms in zip((*STAGES, 'total'), np.percentile(times, part, axis=0))}
     return numbers
 
-# %% ../nbs/04c_board.ipynb #b3cfce49
+# %% ../nbs/04c_board.ipynb #3ec0e006
 def read_size(
     text:str, # '320', or '480x640' (height first)
 )->tuple: # (height, width)
@@ -221,6 +223,7 @@ def run_board(
     runtime=LiteRuntime, # called with the model and the number of a core
 )->tuple: # numbers as `latency` gives them, detections by name
     "Detect on the board and tell how long it took"
+    if cores < 1: raise ValueError(f'cores {cores}: must be at least 1')
     runtimes = [runtime(model, core) for core in range(cores)]
     pipeline, images = Pipeline(runtimes, size, confidence, keep), read_frames(source)
     try: found = pipeline.run(islice(images, frames))
@@ -228,7 +231,7 @@ def run_board(
         for each in runtimes: each.close()
     return latency(pipeline, min(warmup, len(pipeline.times)//2)) | dict(model=Path(model).name, input_size=f'{size[0]}x{size[1]}'), found
 
-# %% ../nbs/04c_board.ipynb #e5f670c1
+# %% ../nbs/04c_board.ipynb #8f4c4be8
 def main(
     arguments:list=None, # words of the command line, those of the process if None
 )->int: # exit code: 0 done, 2 wrong input
@@ -243,14 +246,16 @@ def main(
     parser.add_argument('--json', help='file for the times')
     parser.add_argument('--detections', help='JSON file for what was found')
     a = parser.parse_args(arguments)
-    try: numbers, found = run_board(a.model, a.source, a.input_size, a.cores, a.frames, a.confidence, keep=bool(a.detections))
-    except (ImportError, RuntimeError, ValueError) as error:
+    try:
+        for path in filter(None, (a.json, a.detections)): Path(path).parent.mkdir(parents=True, exist_ok=True); Path(path).touch()
+        numbers, found = run_board(a.model, a.source, a.input_size, a.cores, a.frames, a.confidence, keep=bool(a.detections))
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f'board: {error}', file=sys.stderr)
         return 2
+    print(json.dumps(numbers, indent=2))
     rows = {name: [dict(box=box.tolist(), score=float(s), class_id=int(c)) for box, s, c in zip(*each)] for name, each in found.items()}
     for path, content in ((a.json, numbers), (a.detections, rows)):
         if path: Path(path).write_text(json.dumps(content, indent=2) + '\n')
-    print(json.dumps(numbers, indent=2))
     return 0
 
 # %% ../nbs/04c_board.ipynb #f938f1f5

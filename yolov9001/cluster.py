@@ -186,7 +186,7 @@ def fitting_batch(
     "The largest batch that fits with a third of the memory to spare"
     return 2 ** max(0, math.floor(math.log2(max(1., (free - fixed) / 1.5 / an_image))))
 
-# %% ../nbs/02a_cluster.ipynb #11f4319d
+# %% ../nbs/02a_cluster.ipynb #bb5a0757
 REFERENCE_BATCH = 16  # images a step for which the learning rates of `OPTIMIZERS` hold
 
 def scaled_rate(
@@ -200,15 +200,17 @@ def scaled_rate(
 def agree(
     config:TrainConfig, # `batch_size` and `device_batch` may be 0
     fits:list, # images that each process can take
+    images:int=0, # of the training split; a batch that is found has at most a sixteenth of them, or 16. 0 for no such limit
 )->TrainConfig: # with both filled in, and `lr` if the batch was found here
     "One batch for all"
     least = min(fits)
     if config.device_batch: least = min(least, config.device_batch)
     if config.batch_size: return replace(config, device_batch=least)
     batch = least * len(fits)
+    if images: batch = min(batch, 2 ** max(4, math.floor(math.log2(images / 16))))
     return replace(config, batch_size=batch, device_batch=least, lr=config.lr or scaled_rate(config.optimizer, batch))
 
-# %% ../nbs/02a_cluster.ipynb #682fc064
+# %% ../nbs/02a_cluster.ipynb #f1d12508
 def begun(
     config:TrainConfig, # of the run
     world:World, # the processes
@@ -224,6 +226,7 @@ def begun(
 def negotiate(
     config:TrainConfig, # of the run, the same on all processes
     overwrite:bool=False, # what was found for an earlier run does not count
+    images:int=0, # of the training split, as `agree` takes it
 )->TrainConfig: # the same on all processes; raises `InputError` for hosts of different types
     "Agree with the other processes on the images a device takes"
     world, host = World(config.device), os.uname().nodename
@@ -233,7 +236,7 @@ def negotiate(
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     free = free_bytes(world.device, world.gather(host).count(host))
     fits = fitting_batch(free, bytes_per_image(model, parse_size(config.input_size), world.device), 6 * weights)
-    return agree(config if overwrite else begun(config, world), world.gather(fits))
+    return agree(config if overwrite else begun(config, world), world.gather(fits), images)
 
 # %% ../nbs/02a_cluster.ipynb #10b7d12c
 def projected_efficiency(

@@ -225,7 +225,7 @@ def _require_distinct(path, part, values):
     if repeated: raise InputError(f"{path}: {part} hold {repeated[0]!r} more than once; rename or remove one")
     if not values: raise InputError(f"{path}: no {part}; a split needs images and named classes")
 
-# %% ../nbs/01a_data.ipynb #43b24ec0
+# %% ../nbs/01a_data.ipynb #8e9bd4d5
 def _load_coco(root, split):
     path = root/'annotations'/f'instances_{split}.json'
     if not path.is_file():
@@ -243,6 +243,8 @@ def _load_coco(root, split):
         elif size is None: skipped['image that does not decode'] += 1
         elif not agrees: skipped['image of another size than annotated'] += 1
         else: images.append((row['id'], file, *(size if annotated == size else size[::-1])))
+    if not any(paths): raise InputError(f"{path}: none of its {len(paths)} images is there, not {folders[0]/content['images'][0]['file_name']} "
+                                        f"nor in {folders[1]}; mend each file_name")
     positions = {image[0]: position for position, image in enumerate(images)}
     listed, rows = {row['id'] for row in content['images']}, []
     for row in content['annotations']:
@@ -316,13 +318,13 @@ def _load_yolo(path, split):
             images.append((len(images) + 1, file, *size))
     return _detection_set(path.parent, split, path, content['names'], images, rows, skipped)
 
-# %% ../nbs/01a_data.ipynb #021b5d3a
+# %% ../nbs/01a_data.ipynb #48b3eefd
 def load_split(
-    root:str|Path, # a COCO folder (`images/`, `annotations/instances_train.json`), a YOLO `data.yaml` or its folder
+    root:str|Path, # a COCO folder (`images/`, `annotations/instances_train.json`), a YOLO `data.yaml` or its folder, or 'digits'
     split:str, # train, val or test
 )->DetectionSet: # its bad images and boxes counted in `skipped`, raises `InputError` if the set is broken or empty
     "Load the annotations of a split"
-    root = Path(root)
+    root = make_digits(Path('runs')/'digits') if str(root) == 'digits' else Path(root)
     if root.is_file() and root.suffix in ('.yaml', '.yml'): return _load_yolo(root, split)
     if not root.is_dir(): raise InputError(f"{root}: no folder, no .yaml file; give a COCO folder or a YOLO data.yaml")
     if (root/'annotations').is_dir(): return _load_coco(root, split)

@@ -7,7 +7,7 @@ __all__ = ['MOST_CANDIDATES', 'OUTPUT_NAMES', 'PALETTE', 'Detections', 'decode',
            'coco_metrics', 'detect_all', 'evaluate', 'Metadata', 'read_metadata', 'bypass_registers',
            'runtime_predictor', 'onnx_predictor', 'draw_detections']
 
-# %% ../nbs/01c_evaluate.ipynb #bbf4a03d
+# %% ../nbs/01c_evaluate.ipynb #f2cd0789
 import json
 import warnings
 from collections import Counter
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,7 @@ import numpy as np
 import onnx
 import torch
 from google.protobuf.message import DecodeError
+from matplotlib import get_data_path
 from onnxruntime import InferenceSession, SessionOptions
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools.coco import COCO
@@ -269,13 +271,17 @@ def onnx_predictor(
         return run(images)
     return predict
 
-# %% ../nbs/01c_evaluate.ipynb #0a8e2cd5
+# %% ../nbs/01c_evaluate.ipynb #a153c66b
 PALETTE = [(1, 115, 178), (222, 143, 5), (2, 158, 115), (213, 94, 0), (204, 120, 188),
            (202, 145, 97), (251, 175, 228), (148, 148, 148), (236, 225, 51), (86, 180, 233)]
 
+@cache
+def _label_font(): # of matplotlib; it knows more alphabets than the one of PIL
+    return ImageFont.truetype(str(Path(get_data_path())/'fonts'/'ttf'/'DejaVuSans.ttf'), 12)
+
 def _draw_label(draw, x, y, text, colour):
     "Text on a filled ground above (x, y), moved inside the image"
-    font = ImageFont.load_default(size=13)
+    font, text = _label_font(), ' '.join(text.split())
     width, height = draw.textlength(text, font) + 6, 17
     x, y = max(0, min(x, draw.im.size[0] - width)), max(0, y - height)
     draw.rectangle((x, y, x + width, y + height), fill=colour)

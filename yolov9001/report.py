@@ -78,14 +78,15 @@ def plot_history(
     right.set(ylim=(0, 100)); sns.despine(figure)
     return figure
 
-# %% ../nbs/04b_report.ipynb #7aebb968
+# %% ../nbs/04b_report.ipynb #0a006d48
 def plot_classes(
     evaluations:dict, # name -> evaluation as saved
     most:int=30, # classes at most, the worst INT8 ones
 )->plt.Figure:
     "AP of each class before and after quantization"
     table = pd.DataFrame({name: e['per_class'] for name, e in evaluations.items()}, dtype=float).dropna(how='all')
-    table = table.sort_values(table.columns[-1]).head(most).rename_axis('class').reset_index()
+    table = table.sort_values(table.columns[-1]).head(most).rename(lambda name: name.replace('$', r'\$')) # no formulas
+    table = table.rename_axis('class').reset_index()
     figure, axis = plt.subplots(figsize=(8, 1 + .28 * len(table)), layout='constrained')
     sns.barplot(table.melt('class', var_name='model', value_name='AP50-95'), y='class', x='AP50-95', hue='model', ax=axis)
     axis.set(xlim=(0, 100)); sns.despine(ax=axis)

@@ -8,7 +8,7 @@ __all__ = ['COMMANDS', 'RunConfig', 'check_config', 'update_metrics', 'read_conf
            'load_predictor', 'list_images', 'detect', 'command', 'add_arguments', 'describe_knobs', 'main',
            'run_config', 'distribute']
 
-# %% ../nbs/05_workbook.ipynb #0c5a1cff
+# %% ../nbs/05_workbook.ipynb #ec745548
 import argparse
 import inspect
 import json
@@ -28,6 +28,7 @@ import yaml
 from fastcore.docments import docments
 from rich import print_json
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tqdm.auto import tqdm
 
@@ -43,7 +44,7 @@ from .report import save_evaluation, write_report
 from .quantize import (CALIBRATIONS, FIDELITY_IMAGES, QuantConfig, Twin, calibrate, export_qdq,
                                 fidelity, finetune, sensitivity, weight_ranges)
 from .rk3588_bench import TARGETS, Npu, bench, bench_board, simulate_file, toolkit_version
-from .train import check_classes, clear_run, load_data, load_model, make_config, predictor, prepare
+from .train import OPTIMIZERS, TrainConfig, check_classes, check_same, clear_run, load_data, load_model, make_config, predictor, prepare, read_checkpoint
 
 # %% ../nbs/05_workbook.ipynb #1c1f0fd3
 @dataclass
@@ -100,16 +101,19 @@ def write_config(
     with write_whole(Path(config.out)/'config.yaml') as temporary:
         temporary.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
 
-# %% ../nbs/05_workbook.ipynb #e6129aa0
+# %% ../nbs/05_workbook.ipynb #fcfdfbaa
 def train_stage(
     config:RunConfig, # of the run
     resume:bool=False, # continue the run in `config.out`
     overwrite:bool=False, # start anew although there is one
 )->dict: # metrics so far, empty in all processes but the first
     "Train, evaluate the best checkpoint, export it; of several processes the first does what follows the training"
-    if not config.batch_size or int(os.environ.get('WORLD_SIZE', 1)) > 1: config = negotiate(config, overwrite)
+    if not config.batch_size or int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        config = negotiate(config, overwrite, 0 if config.batch_size else len(load_data(config)[0]))
     trainer = prepare(config, resume, overwrite)
-    if trainer.world.rank == 0: write_config(config)
+    if trainer.world.rank == 0:
+        write_config(config)
+        print(f'batch_size {config.batch_size}, lr {config.lr or OPTIMIZERS[config.optimizer]["lr"]:.3g}')
     trainer.fit()
     trainer.leave()
     if trainer.world.rank > 0: return {}
@@ -188,7 +192,7 @@ def agreement_stage(
     if (out/'report.html').exists(): write_report(out, val)
     return table
 
-# %% ../nbs/05_workbook.ipynb #324510d0
+# %% ../nbs/05_workbook.ipynb #4435a877
 def quantize_stage(
     config:RunConfig, # of a run whose `best.pt` exists
     resume:bool=False, # continue an interrupted quantization-aware training
@@ -198,7 +202,7 @@ def quantize_stage(
     out, size, (train_split, val) = Path(config.out), parse_size(config.input_size), load_data(config)
     model, twin = calibrated_twin(config, train_split)
     write_config(config)
-    for name in ('agreement', 'sensitivity'): (out/f'{name}.csv').unlink(missing_ok=True)    # of an earlier quantization
+    for name in ('agreement.csv', 'sensitivity.csv', 'report.html'): (out/name).unlink(missing_ok=True)    # of an earlier quantization
     for name in ('int8_ptq', 'int8_qat'):
         (out/f'evaluation_{name}.json').unlink(missing_ok=True)
         update_metrics(out, **{f'map_{name}': None, f'map50_{name}': None})
@@ -272,7 +276,7 @@ def list_images(
         raise InputError(f"{source}: no image there; give an image or a folder of {', '.join(suffixes)}")
     return files
 
-# %% ../nbs/05_workbook.ipynb #953921c7
+# %% ../nbs/05_workbook.ipynb #7a294e18
 def detect(
     path:str|Path, # best.pt or model.onnx
     source:str|Path, # image, or folder of images
@@ -280,6 +284,7 @@ def detect(
     confidence:float=.3, # least score, 0..1
 )->int: # images drawn; raises `InputError` where none decodes
     "Find objects in images and draw them"
+    if not 0 <= confidence <= 1: raise InputError(f'confidence {confidence}: must be 0 to 1')
     predict, names, size = load_predictor(path)
     files, rows, drawn = list_images(source), [], 0
     if Path(out).resolve() == files[0].parent.resolve(): raise InputError(f'{out}: holds the images themselves; give another --out')
@@ -290,7 +295,8 @@ def detect(
         boxed, frame = letterbox(rgb, size)
         found = decode(predict(torch.from_numpy(boxed).permute(2, 0, 1)[None]), confidence)[0]
         found = found._replace(boxes=torch.as_tensor(frame.undo(found.boxes.numpy())))
-        rows += [row | dict(file_name=file.name) for row in to_results(number, found, list(range(1, len(names) + 1)))]
+        results = to_results(number, found, list(range(1, len(names) + 1)))        # the file knows classes by position
+        rows += [row | dict(file_name=file.name, class_name=names[row['category_id'] - 1]) for row in results]
         picture = draw_detections(rgb, found.boxes, found.classes, names, found.scores)
         name = file.name if cv2.haveImageWriter(file.name) else f'{file.name}.jpg'
         with write_whole(Path(out)/name) as temporary: cv2.imwrite(str(temporary), picture[..., ::-1])
@@ -333,10 +339,10 @@ def describe_knobs(
     for part in reversed(kind.__mro__[:-1]): told |= {name: text for name, text in docments(part).items() if text}
     return '\n'.join(f"  {f'{f.name}={f.default}':<24} {told.get(f.name, '')}" for f in fields(kind))
 
-# %% ../nbs/05_workbook.ipynb #37f7ca0a
+# %% ../nbs/05_workbook.ipynb #d1d3bfae
 def main(
     arguments:list=None, # words of the command line, those of the process if None
-)->int: # exit code: 0 done, 2 wrong input
+)->int: # exit code: 0 done, 2 wrong input or a path that cannot be written, 130 stopped by Ctrl-C
     "The command `yolov9001`"
     parser = argparse.ArgumentParser('yolov9001', epilog='yolov9001 COMMAND --help tells more',
                                      description='A nano object detector for INT8 on Rockchip NPUs')
@@ -349,13 +355,19 @@ def main(
     words = vars(parser.parse_args(arguments))
     warnings.showwarning = lambda message, *_: print(f'yolov9001: {message}', file=sys.stderr)
     try: COMMANDS[words.pop('command')](**words)
-    except InputError as error:
+    except KeyboardInterrupt:
+        print(f"yolov9001: stopped{'; go on with --resume' if 'resume' in words else ''}", file=sys.stderr)
+        return 130
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError):
+            if not error.filename: raise
+            error = f'{error.filename}: {error.strerror}; give another path'
         if REFUSAL in os.environ: Path(os.environ[REFUSAL]).write_text(str(error))
         print(f'yolov9001: {error}', file=sys.stderr)
         return 2
     return 0
 
-# %% ../nbs/05_workbook.ipynb #a9c384f1
+# %% ../nbs/05_workbook.ipynb #e4c0a472
 def run_config(
     data:str|None, # COCO folder, YOLO data.yaml, or 'digits'
     out:str, # folder of the run
@@ -363,8 +375,9 @@ def run_config(
     p:list=None, # words `name=value`
 )->RunConfig: # raises `InputError` for unknown names and values of another type
     "Configuration from the words of a command line"
-    bad = [word for word in p or [] if '=' not in word]
-    if bad: raise InputError(f'parameter {bad[0]!r}: no value; write -p name=value')
+    for word in p or []:
+        if '=' not in word: raise InputError(f'parameter {word!r}: no value; write -p name=value')
+        if word.split('=')[0] in ('data', 'out'): raise InputError(f"parameter {word!r}: write --{word.replace('=', ' ', 1)}")
     if not (data or config): raise InputError("no --data: give a COCO folder, a YOLO data.yaml, or 'digits'")
     values = asdict(read_config(config)) if config else {}
     values |= dict(out=out) | (dict(data=data) if data else {})
@@ -383,7 +396,7 @@ def _run(*,
     "Train, quantize, compile, simulate, report"
     print(f'report: {run(run_config(data, out, config, p), resume, overwrite)}')
 
-# %% ../nbs/05_workbook.ipynb #89ce1216
+# %% ../nbs/05_workbook.ipynb #7e076006
 def distribute(
     plan:Plan, # of more than one process
     config:RunConfig, # of the run
@@ -396,6 +409,7 @@ def distribute(
         raise InputError(f'{out}: already holds a run; choose another --out, or --resume, or --overwrite')
     load_data(config)
     if overwrite: clear_run(out)
+    if (out/'last.pt').exists() and config.batch_size: check_same(out/'last.pt', read_checkpoint(out/'last.pt')['state']['config'], asdict(config))
     write_config(config)
     program = Path(sys.executable).with_name('yolov9001')
     launch(plan, [str(program), 'train', '--config', str(out/'config.yaml'), '--out', str(out), '--resume'], out)
@@ -421,7 +435,7 @@ def _train(*,
     print_json(data=metrics)
     print(f'wrote {out}/best.pt and {out}/model.onnx')
 
-# %% ../nbs/05_workbook.ipynb #65f78809
+# %% ../nbs/05_workbook.ipynb #cbe03d0b
 @command
 def _quantize(
     run:str, # folder of a run
@@ -432,6 +446,9 @@ def _quantize(
     agreement:bool=False, # only tell how exactly the simulator follows, tensor by tensor; takes minutes
 ):
     "Calibrate, train on in INT8, compile and simulate the model of a run"
+    trained = {field.name for field in fields(TrainConfig)} - {'device', 'workers'}
+    wrong = [word for word in p or [] if word.split('=')[0] in trained]
+    if wrong: raise InputError(f'parameter {wrong[0]!r}: of the training, which is over; train anew to change it')
     if sensitivity:
         table = Table('layer', 'part', 'error at the outputs, steps of 1/255')
         for row in sensitivity_stage(run_config(None, run, run, p)).head(20).itertuples(): table.add_row(row.name, row.part, f'{row.error:.3f}')
@@ -443,13 +460,14 @@ def _quantize(
             table.add_row(row.name, f'{row.equal:.2%}', f'{row.within_one:.3%}', str(row.largest))
         Console().print(table)
         return print(f'wrote {run}/agreement.csv')
-    print_json(data=quantize_stage(run_config(None, run, run, p), resume))
-    print(f'wrote {run}/model_int8.onnx, {run}/model.rknn and {run}/layers.csv')
+    settings = run_config(None, run, run, p)
+    print_json(data=quantize_stage(settings, resume))
+    print(f'wrote {run}/model_int8.onnx, {run}/model.rknn and {write_report(run, load_data(settings)[1])}')
 
-# %% ../nbs/05_workbook.ipynb #db35cfa2
+# %% ../nbs/05_workbook.ipynb #101c308a
 def _print_evaluation(evaluation:Evaluation):
     table = Table('class', 'objects', 'AP50-95')
-    for name, ap in evaluation.per_class.items(): table.add_row(name, str(evaluation.objects[name]), f'{ap:.1f}')
+    for name, ap in evaluation.per_class.items(): table.add_row(escape(name), str(evaluation.objects[name]), f'{ap:.1f}')
     Console().print(table)
     print(evaluation)
 
@@ -478,7 +496,7 @@ def _detect(
     "Draw what a model finds"
     print(f'drew {detect(model, source, out, confidence)} images in {out}')
 
-# %% ../nbs/05_workbook.ipynb #2786c89f
+# %% ../nbs/05_workbook.ipynb #4379b61f
 @command
 def _export(
     checkpoint:str, # best.pt
@@ -487,11 +505,12 @@ def _export(
     input_size:str=None, # one side or HEIGHTxWIDTH, that of the training if not given
 ):
     "Write the ONNX file of a checkpoint"
+    if Path(out).suffix != '.onnx': raise InputError(f'{out}: no .onnx file; give an --out that ends in .onnx')
     model, known = load_model(checkpoint)
     size = parse_size(input_size or known['input_size'])
     print(f"wrote {export_onnx(model, out, known['class_names'], size)}")
 
-# %% ../nbs/05_workbook.ipynb #a62234d9
+# %% ../nbs/05_workbook.ipynb #b066a661
 @command
 def _bench(
     model:str, # .onnx file with one image input of fixed size
@@ -504,8 +523,8 @@ def _bench(
     if ',' in target and board: raise InputError(f'target {target}: several; give the one of the board')
     numbers = bench_board(model, board, target) if board else [bench(model, chip).metrics() for chip in target.split(',')]
     if not board and len(numbers) == 1: numbers = numbers[0]
-    if json: write_json(numbers, json)
     print_json(data=numbers)
+    if json: write_json(numbers, json)
     print('estimated milliseconds come from the compiler, they are no measurement')
 
 # %% ../nbs/05_workbook.ipynb #02c28a21
