@@ -66,7 +66,7 @@ BROKEN = {
     'no file name': (coco(images=[dict(id=1, height=64, width=96)]), r"images\[0\] has no proper 'file_name'"),
     'all absent': (
         coco(images=[dict(id=1, file_name='gone.png', height=64, width=96)]),
-        r'no usable box.*1 x image that is absent'),
+        r'none of its 1 images is there, not .*images/.*mend each file_name'),
     'only crowds': (
         coco(annotations=[dict(image_id=1, category_id=1, bbox=[1, 1, 9, 9], iscrowd=1)]), r'no usable box'),
 }
