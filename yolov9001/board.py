@@ -231,7 +231,7 @@ def run_board(
         for each in runtimes: each.close()
     return latency(pipeline, min(warmup, len(pipeline.times)//2)) | dict(model=Path(model).name, input_size=f'{size[0]}x{size[1]}'), found
 
-# %% ../nbs/04c_board.ipynb #8f4c4be8
+# %% ../nbs/04c_board.ipynb #ffbca755
 def main(
     arguments:list=None, # words of the command line, those of the process if None
 )->int: # exit code: 0 done, 2 wrong input
@@ -247,7 +247,7 @@ def main(
     parser.add_argument('--detections', help='JSON file for what was found')
     a = parser.parse_args(arguments)
     try:
-        for path in filter(None, (a.json, a.detections)): Path(path).parent.mkdir(parents=True, exist_ok=True); Path(path).touch()
+        for path in filter(None, (a.json, a.detections)): Path(path).parent.mkdir(parents=True, exist_ok=True)
         numbers, found = run_board(a.model, a.source, a.input_size, a.cores, a.frames, a.confidence, keep=bool(a.detections))
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f'board: {error}', file=sys.stderr)

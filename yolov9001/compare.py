@@ -43,7 +43,7 @@ from .model import CONFIGS, export_onnx
 from .rk3588_bench import Npu, bench, read_onnx, toolkit_version
 from .train import TrainConfig, check_classes, load_model, train
 
-# %% ../nbs/04a_compare.ipynb #4d349649
+# %% ../nbs/04a_compare.ipynb #2aade87d
 PEERS = ('yolov6n', 'yolov8n', 'yolov9t', 'yolo11n', 'yolo26n')  # any other detector of ultralytics works too
 
 def ultralytics_version(
@@ -53,6 +53,7 @@ def ultralytics_version(
         try: return metadata.version(package)
         except metadata.PackageNotFoundError: pass
 
+# %% ../nbs/04a_compare.ipynb #81581150
 def peer_names(
 )->set: # of str; empty where it is not installed
     "Detectors that ultralytics can build, in all their sizes, without importing it"

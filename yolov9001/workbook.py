@@ -8,11 +8,10 @@ __all__ = ['COMMANDS', 'TRAINED', 'RunConfig', 'check_config', 'update_metrics',
            'run', 'load_predictor', 'list_images', 'detect', 'command', 'add_arguments', 'describe_knobs', 'main',
            'run_config', 'distribute']
 
-# %% ../nbs/05_workbook.ipynb #ec745548
+# %% ../nbs/05_workbook.ipynb #999cde3f
 import argparse
 import inspect
 import json
-import math
 import os
 import sys
 import warnings
@@ -44,7 +43,7 @@ from .report import save_evaluation, write_report
 from .quantize import (CALIBRATIONS, FIDELITY_IMAGES, QuantConfig, Twin, calibrate, export_qdq,
                                 fidelity, finetune, sensitivity, weight_ranges)
 from .rk3588_bench import TARGETS, Npu, bench, bench_board, simulate_file, toolkit_version
-from .train import OPTIMIZERS, TrainConfig, check_classes, check_same, clear_run, load_data, load_model, make_config, predictor, prepare, read_checkpoint
+from .train import TrainConfig, check_classes, check_same, check_values, clear_run, load_data, load_model, make_config, predictor, prepare, read_checkpoint
 
 # %% ../nbs/05_workbook.ipynb #1c1f0fd3
 @dataclass
@@ -52,17 +51,13 @@ class RunConfig(QuantConfig):
     "What a whole run depends on, besides the images"
     target:str = 'rk3588'           # chip to compile for
 
-# %% ../nbs/05_workbook.ipynb #c01dfdc6
+# %% ../nbs/05_workbook.ipynb #e6610ede
 def check_config(
     config:RunConfig, # of a run
 ):
     "Raise `InputError` for what the later stages would refuse"
     parse_size(config.input_size)
-    for name, known in (('target', TARGETS), ('calibration', CALIBRATIONS)):
-        value = getattr(config, name)
-        if value not in known: raise InputError(f"{name} {value!r}: unknown; use one of {', '.join(known)}")
-    for name, least in (('calibration_images', 1), ('qat_epochs', 0), ('qat_lr', 1e-9), ('distillation', 0)):
-        if not least <= getattr(config, name) < math.inf: raise InputError(f'{name} {getattr(config, name)}: must be at least {least}')
+    check_values(config, dict(calibration_images=1, qat_epochs=0, qat_lr=1e-9, distillation=0), {}, dict(target=TARGETS, calibration=CALIBRATIONS))
     if toolkit_version() is None:
         raise InputError('rknn-toolkit2: not installed; pip install --no-deps rknn-toolkit2==2.5.0 (x86-64 Linux), '
                          'or stop after yolov9001 train')
@@ -101,19 +96,19 @@ def write_config(
     with write_whole(Path(config.out)/'config.yaml') as temporary:
         temporary.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
 
-# %% ../nbs/05_workbook.ipynb #fcfdfbaa
+# %% ../nbs/05_workbook.ipynb #b27bbf2a
 def train_stage(
     config:RunConfig, # of the run
     resume:bool=False, # continue the run in `config.out`
     overwrite:bool=False, # start anew although there is one
 )->dict: # metrics so far, empty in all processes but the first
     "Train, evaluate the best checkpoint, export it; of several processes the first does what follows the training"
-    if not config.batch_size or int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        config = negotiate(config, overwrite, 0 if config.batch_size else len(load_data(config)[0]))
+    open_batch = not config.batch_size
+    if open_batch or int(os.environ.get('WORLD_SIZE', 1)) > 1: config = negotiate(config, overwrite, len(load_data(config)[0]) if open_batch else 0)
     trainer = prepare(config, resume, overwrite)
     if trainer.world.rank == 0:
         write_config(config)
-        print(f'batch_size {config.batch_size}, lr {config.lr or OPTIMIZERS[config.optimizer]["lr"]:.3g}')
+        if open_batch: print(f'found: batch_size {config.batch_size}, lr {config.lr:.3g}')
     trainer.fit()
     trainer.leave()
     if trainer.world.rank > 0: return {}
@@ -342,7 +337,7 @@ def describe_knobs(
     for part in reversed(kind.__mro__[:-1]): told |= {name: text for name, text in docments(part).items() if text}
     return '\n'.join(f"  {f'{f.name}={f.default}':<24} {told.get(f.name, '')}" for f in fields(kind) if f.name not in without)
 
-# %% ../nbs/05_workbook.ipynb #d75b81fd
+# %% ../nbs/05_workbook.ipynb #3b43374d
 def main(
     arguments:list=None, # words of the command line, those of the process if None
 )->int: # exit code: 0 done, 2 wrong input or a path that cannot be written, 130 stopped by Ctrl-C
@@ -361,12 +356,13 @@ def main(
     except KeyboardInterrupt:
         print(f"yolov9001: stopped{'; go on with --resume' if 'resume' in words else ''}", file=sys.stderr)
         return 130
-    except (InputError, OSError) as error:
-        if isinstance(error, OSError):
-            if not error.filename: raise
-            error = f'{error.filename}: {error.strerror}; give another path'
+    except InputError as error:
         if REFUSAL in os.environ: Path(os.environ[REFUSAL]).write_text(str(error))
         print(f'yolov9001: {error}', file=sys.stderr)
+        return 2
+    except OSError as error:                        # no refusal: several processes try again, a disk may come back
+        if not error.filename: raise
+        print(f'yolov9001: {error.filename}: {error.strerror}; give another path', file=sys.stderr)
         return 2
     return 0
 
@@ -438,7 +434,7 @@ def _train(*,
     print_json(data=metrics)
     print(f'wrote {out}/best.pt and {out}/model.onnx')
 
-# %% ../nbs/05_workbook.ipynb #b3f22217
+# %% ../nbs/05_workbook.ipynb #e21860a8
 @command
 def _quantize(
     run:str, # folder of a run
@@ -464,7 +460,9 @@ def _quantize(
         return print(f'wrote {run}/agreement.csv')
     settings = run_config(None, run, run, p)
     print_json(data=quantize_stage(settings, resume))
-    print(f'wrote {run}/model_int8.onnx, {run}/model.rknn and {write_report(run, load_data(settings)[1])}')
+    print(f'wrote {run}/model_int8.onnx, {run}/model.rknn and {run}/layers.csv')
+    try: print(f'report: {write_report(run, load_data(settings)[1])}')
+    except InputError as error: warnings.warn(f'no report: {error}')          # of a checkpoint that came without its training
 
 # %% ../nbs/05_workbook.ipynb #101c308a
 def _print_evaluation(evaluation:Evaluation):
