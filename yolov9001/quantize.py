@@ -104,9 +104,9 @@ class Register(Quantizer):
         if self.observe: self.observe(x)
         return x
 
-# %% ../nbs/03_quantize.ipynb #96dc05fc
+# %% ../nbs/03_quantize.ipynb #9261bb2f
 WEIGHT_LEVEL = 126  # largest code; rknn-toolkit2 2.5.0 cannot hold 127 of a QDQ file exactly, see `04_rk3588_bench`
-WEIGHT_STEP_BITS = 5  # sums of 16 bits of products, 5 of steps and 3 of carry fill the 24 bits of float32
+WEIGHT_STEP_BITS = 5  # products of 15 bits, 5 of the step and 4 of carry fill the 24 bits of float32
 
 class QuantConv2d(nn.Conv2d):
     "Convolution with INT8 weights (per channel, symmetric) and an INT32 bias"
