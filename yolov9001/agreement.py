@@ -87,16 +87,16 @@ def layer_agreement(
             rows.append((name, shares.get(0, 0.), shares.loc[-1:1].sum(), abs(shares.index).max()))
     return pd.DataFrame(rows, columns=['name', 'equal', 'within_one', 'largest'])
 
-# %% ../nbs/03c_agreement.ipynb #546ea93a
+# %% ../nbs/03c_agreement.ipynb #9e1a9237
 def plot_agreement(
     shares:pd.Series, # from `code_differences`
     layers:pd.DataFrame|None=None, # from `layer_agreement`
 )->plt.Figure:
     "Differences of the outputs in codes, and agreement along the network if known"
     figure, axes = plt.subplots(1, 1 if layers is None else 2, figsize=(9, 3), layout='constrained', squeeze=False)
-    codes = shares.reindex(range(shares.index.min(), shares.index.max() + 1), fill_value=0)
+    codes = shares.reindex(range(min(shares.index.min(), -2), max(shares.index.max(), 2) + 1), fill_value=0)
     sns.barplot(x=codes.index, y=100 * codes.to_numpy(), color='C0', ax=axes[0, 0])
-    axes[0, 0].set(yscale='log', xlabel='difference of output codes', ylabel='% of all codes')
+    axes[0, 0].set(yscale='log', ylim=(.001, 200), xlabel='difference of output codes', ylabel='% of all codes')
     if layers is not None:
         long = (100 * layers[['equal', 'within_one']]).melt(var_name='codes', value_name='% of codes', ignore_index=False)
         sns.lineplot(long, x=long.index, y='% of codes', hue='codes', marker='o', ax=axes[0, 1])
