@@ -80,21 +80,23 @@ def test_broken_set_stops(load, case):
 
 
 SKIPPED = {
-    'box of zero size': dict(bbox=[10, 10, 0, 5]),
-    'box outside its image': dict(bbox=[200, 10, 5, 5]),
-    'box with a value that is no number': dict(bbox=[10, 'x', 5, 5]),
-    'box of an unknown category': dict(category_id=9),
-    'box of an image that is not listed': dict(image_id=9),
+    'box of zero size': (dict(bbox=[10, 10, 0, 5]), '1.png'),
+    'box outside its image': (dict(bbox=[200, 10, 5, 5]), '1.png'),
+    'box with a value that is no number': (dict(bbox=[10, 'x', 5, 5]), '1.png'),
+    'box of an unknown category': (dict(category_id=9), '1.png'),
+    'box of an image that is not listed': (dict(image_id=9), 'image_id 9'),
 }
 
 
 @pytest.mark.parametrize('reason', SKIPPED)
 @pytest.mark.parametrize('times', (1, 3))
 def test_bad_box_is_counted_and_skipped(load, reason, times):
-    bad = {**coco()['annotations'][0], **SKIPPED[reason]}
+    change, place = SKIPPED[reason]
+    bad = {**coco()['annotations'][0], **change}
     detection_set, said = load(coco(annotations=coco()['annotations'] + [bad]*times))
     assert detection_set.skipped == {reason: times}
-    assert len(said) == 1 and f'{times} x {reason}' in said[0] and 'instances_train.json' in said[0]
+    told = f"{times} x {reason} ({place}{', ...' if times > 1 else ''})"
+    assert len(said) == 1 and told in said[0] and 'instances_train.json' in said[0]
     assert [len(record.boxes) for record in detection_set.records] == [1, 1]
 
 
@@ -114,14 +116,15 @@ def test_box_partly_outside_is_clipped(load):
 def test_image_of_another_size_than_annotated(load):
     images = [coco()['images'][0], {**coco()['images'][1], 'width': 100}]
     detection_set, said = load(coco(images=images))
-    assert len(detection_set) == 1 and '1 x image of another size than annotated' in said[0]
+    assert len(detection_set) == 1 and '1 x image of another size than annotated (2.png)' in said[0]
 
 
 def test_file_that_is_no_image(load, tmp_path):
     (tmp_path/'images').mkdir()
     (tmp_path/'images'/'3.png').write_text('a web page')
     images = coco()['images'] + [dict(id=3, file_name='3.png', height=64, width=96)]
-    assert load(coco(images=images))[0].skipped == {'image that does not decode': 1}
+    detection_set, said = load(coco(images=images))
+    assert detection_set.skipped == {'image that does not decode': 1} and '(3.png)' in said[0]
 
 
 def test_orientation_follows_the_annotated_size(tmp_path, load):
@@ -195,7 +198,7 @@ def test_yolo_folder_that_is_missing(yolo):
 
 def test_yolo_bad_lines_are_counted(yolo):
     path = yolo(label='1 .5 .5 .25 .25\n1 .5\nnan .5 .5 .1 .1\n1 .5 .5 0 .1\n')
-    with pytest.warns(UserWarning, match='data.yaml: 1 x label line'): detection_set = load_split(path, 'train')
+    with pytest.warns(UserWarning, match='data.yaml: 1 x label line .*txt line 2'): detection_set = load_split(path, 'train')
     assert sum(detection_set.skipped.values()) == 3 and len(detection_set.records[0].boxes) == 1
 
 

@@ -6,13 +6,13 @@
 __all__ = ['parse_size', 'Letterbox', 'letterbox', 'Record', 'DetectionSet', 'load_split', 'make_digits', 'Augmentation',
            'TrainSet', 'EpochSampler', 'collate', 'sample_images']
 
-# %% ../nbs/01a_data.ipynb #893e2c90
+# %% ../nbs/01a_data.ipynb #1c09eba3
 import json
 import math
 import os
 import shutil
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,32 +136,33 @@ class DetectionSet:
             annotations=[dict(id=n, image_id=image, category_id=self.category_ids[int(c)], area=area, iscrowd=crowd,
                 bbox=[x1, y1, x2 - x1, y2 - y1]) for n, (image, x1, y1, x2, y2, c, area, crowd) in enumerate(rows, 1)])
 
-# %% ../nbs/01a_data.ipynb #cf9b2831
-def _clip(boxes, limits, skipped):
-    "Clip (n, 4) `boxes` to `limits` (n, 4), count the bad in `skipped`; returns the boxes and which of them are usable"
+# %% ../nbs/01a_data.ipynb #6184ba52
+def _clip(boxes, limits, names, skipped):
+    "Clip (n, 4) `boxes` to `limits` (n, 4), note the image `names` (n,) of the bad in `skipped`; returns the boxes and which of them are usable"
     clipped = boxes.clip(0, limits)
     finite = np.isfinite(boxes).all(1)
     sized = finite & (boxes[:, 2:] > boxes[:, :2]).all(1)
     usable = sized & (clipped[:, 2:] > clipped[:, :2]).all(1)
-    skipped['box with a value that is no number'] += (~finite).sum()
-    skipped['box of zero size'] += (finite & ~sized).sum()
-    skipped['box outside its image'] += (sized & ~usable).sum()
-    skipped['box clipped to its image'] += (usable & (abs(clipped - boxes) > .5).any(1)).sum()
+    skipped['box with a value that is no number'] += names[~finite].tolist()
+    skipped['box of zero size'] += names[finite & ~sized].tolist()
+    skipped['box outside its image'] += names[sized & ~usable].tolist()
+    skipped['box clipped to its image'] += names[usable & (abs(clipped - boxes) > .5).any(1)].tolist()
     return clipped.astype(np.float32), usable
 
-# %% ../nbs/01a_data.ipynb #ed92e804
+# %% ../nbs/01a_data.ipynb #0c7058c9
 def _detection_set(root, split, source, categories, images, rows, skipped):
     "`categories` id -> name, `images` (id, path, height, width), `rows` image position, xyxy, category id, area, crowd"
     rows = np.array(rows, np.float64).reshape(-1, 8)
     known = np.isin(rows[:, 5], list(categories))
-    skipped['box of an unknown category'] += (~known).sum()
-    rows = rows[known]
+    names = np.array([path.name for _, path, *_ in images], object)[rows[:, 0].astype(int)]
+    skipped['box of an unknown category'] += names[~known].tolist()
+    rows, names = rows[known], names[known]
     sizes = np.array([image[2:] for image in images], np.float64).reshape(-1, 2)[rows[:, 0].astype(int)]
-    boxes, usable = _clip(rows[:, 1:5], np.tile(sizes[:, ::-1], 2), skipped)
+    boxes, usable = _clip(rows[:, 1:5], np.tile(sizes[:, ::-1], 2), names, skipped)
     ids = sorted(categories)
     rows, boxes, classes = rows[usable], boxes[usable], np.searchsorted(ids, rows[usable, 5])
-    skipped = {reason: int(count) for reason, count in skipped.items() if count}
-    told = ', '.join(f'{count} x {reason}' for reason, count in skipped.items())
+    skipped = {reason: where for reason, where in skipped.items() if where}
+    told = ', '.join(f"{len(where)} x {reason} ({where[0]}{', ...' if len(where) > 1 else ''})" for reason, where in skipped.items())
     if not (rows[:, 7] == 0).any():
         raise InputError(f"{source}: the split {split} has no usable box in {len(images)} images"
             + (f' (left out: {told})' if told else '') + '; check its images and annotations')
@@ -173,7 +174,8 @@ def _detection_set(root, split, source, categories, images, rows, skipped):
         part, crowd = part[rows[part, 7] == 0], part[rows[part, 7] == 1]
         records.append(Record(*image, boxes[part], classes[part], rows[part, 6].astype(np.float32),
             np.column_stack([boxes[crowd], classes[crowd], rows[crowd, 6]]).astype(np.float32)))
-    return DetectionSet(root, split, [categories[i] for i in ids], ids, records, skipped)
+    return DetectionSet(root, split, [categories[i] for i in ids], ids, records,
+                        {reason: len(where) for reason, where in skipped.items()})
 
 # %% ../nbs/01a_data.ipynb #37390b3c
 def _image_size(path):
@@ -225,13 +227,13 @@ def _require_distinct(path, part, values):
     if repeated: raise InputError(f"{path}: {part} hold {repeated[0]!r} more than once; rename or remove one")
     if not values: raise InputError(f"{path}: no {part}; a split needs images and named classes")
 
-# %% ../nbs/01a_data.ipynb #8e9bd4d5
+# %% ../nbs/01a_data.ipynb #5f3f26cb
 def _load_coco(root, split):
     path = root/'annotations'/f'instances_{split}.json'
     if not path.is_file():
         splits = sorted(p.stem.removeprefix('instances_') for p in path.parent.glob('instances_*.json'))
         raise InputError(f"{path}: missing; the splits there are: {', '.join(splits) or 'none'}")
-    content, skipped = _read_coco(path), Counter()
+    content, skipped = _read_coco(path), defaultdict(list)
     folders = root/'images', root/'images'/split
     paths = [next((folder/row['file_name'] for folder in folders if (folder/row['file_name']).is_file()), None)
         for row in content['images']]
@@ -239,16 +241,16 @@ def _load_coco(root, split):
     for row, file, size in zip(content['images'], paths, _image_sizes(paths)):
         annotated = row['height'], row['width']
         agrees = size and annotated in (size, size[::-1])
-        if file is None: skipped['image that is absent'] += 1
-        elif size is None: skipped['image that does not decode'] += 1
-        elif not agrees: skipped['image of another size than annotated'] += 1
+        if file is None: skipped['image that is absent'].append(row['file_name'])
+        elif size is None: skipped['image that does not decode'].append(row['file_name'])
+        elif not agrees: skipped['image of another size than annotated'].append(row['file_name'])
         else: images.append((row['id'], file, *(size if annotated == size else size[::-1])))
     if not any(paths): raise InputError(f"{path}: none of its {len(paths)} images is there, not {folders[0]/content['images'][0]['file_name']} "
                                         f"nor in {folders[1]}; mend each file_name")
     positions = {image[0]: position for position, image in enumerate(images)}
     listed, rows = {row['id'] for row in content['images']}, []
     for row in content['annotations']:
-        if row['image_id'] not in listed: skipped['box of an image that is not listed'] += 1
+        if row['image_id'] not in listed: skipped['box of an image that is not listed'].append(f"image_id {row['image_id']}")
         elif row['image_id'] in positions: rows.append(_coco_row(row, positions[row['image_id']]))
     categories = {row['id']: str(row['name']) for row in content['categories']}
     return _detection_set(root, split, path, categories, images, rows, skipped)
@@ -289,30 +291,30 @@ def _read_yaml(path, split):
         raise InputError(f"{path}: no split {split!r}; the splits there are: {', '.join(there) or 'none'}")
     return content
 
-# %% ../nbs/01a_data.ipynb #f934de09
+# %% ../nbs/01a_data.ipynb #2cc77870
 def _yolo_rows(file, position, height, width, skipped):
     "Rows for `_detection_set` from the label file of an image; an image without one shows nothing to detect"
     label = Path('/labels/'.join(str(file).rsplit('/images/', 1))).with_suffix('.txt')
     if not label.is_file(): return []
     rows = []
-    for line in _read_text(label).split('\n'):
+    for number, line in enumerate(_read_text(label).split('\n'), 1):
         if not line.strip(): continue
         try: category, x, y, w, h = (float(value) for value in line.split())
-        except ValueError: skipped['label line that is not `class x y width height`'] += 1
+        except ValueError: skipped['label line that is not `class x y width height`'].append(f'{label.name} line {number}')
         else: rows.append((position, (x - w/2)*width, (y - h/2)*height, (x + w/2)*width, (y + h/2)*height,
             category, w*width*h*height, 0))
     return rows
 
-# %% ../nbs/01a_data.ipynb #992c7768
+# %% ../nbs/01a_data.ipynb #a8387caa
 def _load_yolo(path, split):
-    content, skipped = _read_yaml(path, split), Counter()
+    content, skipped = _read_yaml(path, split), defaultdict(list)
     base = path.parent/str(content.get('path') or '')
     entries = content[split] if isinstance(content[split], list) else [content[split]]
     files = [Path(os.path.abspath(file)) for entry in entries for file in _yolo_images(entry, base)]
     if not files: raise InputError(f"{path}: no images for the split {split} in {entries}; check `path` and `{split}`")
     images, rows = [], []
     for file, size in zip(files, _image_sizes(files)):
-        if size is None: skipped['image that does not decode' if file.is_file() else 'image that is absent'] += 1
+        if size is None: skipped['image that does not decode' if file.is_file() else 'image that is absent'].append(file.name)
         else:
             rows += _yolo_rows(file, len(images), *size, skipped)
             images.append((len(images) + 1, file, *size))
