@@ -336,7 +336,7 @@ def ablate(
             trainer.fit()
             write_json(dict(variant=variant, seed=seed, config=asdict(settings)) | measure(trainer), path)
         row = json.loads(path.read_text())
-        if row.pop('config') | dict(out='') != asdict(settings) | dict(out=''):
+        if asdict(TrainConfig()) | row.pop('config') | dict(out='') != asdict(settings) | dict(out=''):     # it may be older than a field
             raise InputError(f'{path}: of another recipe; choose another folder, or delete it')
         rows.append(row)
     return pd.DataFrame(rows)

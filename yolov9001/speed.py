@@ -47,7 +47,8 @@ def own_seconds(
 )->dict: # loader, step: median seconds an image
     "Time the parts of our training"
     with TemporaryDirectory() as folder:
-        trainer = Trainer(TrainConfig(budget.data, folder, name, str(budget.input_size), epochs + 1, budget.batch_size, device='cpu'))
+        trainer = Trainer(TrainConfig(budget.data, folder, name, input_size=str(budget.input_size), epochs=epochs + 1,
+                                      batch_size=budget.batch_size, device='cpu'))
         trainer.model.train()
         parts, marks = dict(loader=[], step=[]), []
         for trainer.sampler.epoch in range(epochs + 1):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'RUN_FILES', 'TrainConfig', 'make_config', 'check_values', 'learning_rate', 'EMA', 'make_optimizer',
            'load_data', 'Trainer', 'on_terminate', 'predictor', 'read_checkpoint', 'load_model', 'check_classes',
-           'check_same', 'progress', 'clear_run', 'prepare', 'train']
+           'begin_from', 'check_same', 'progress', 'clear_run', 'prepare', 'train']
 
 # %% ../nbs/02_train.ipynb #b73d1d7e
 import copy
@@ -38,13 +38,14 @@ from .evaluate import Evaluation, coco_metrics, detect_all
 from .loss import DualLoss
 from .model import CONFIGS, YOLOv9001
 
-# %% ../nbs/02_train.ipynb #1115165a
+# %% ../nbs/02_train.ipynb #49856655
 @dataclass
 class TrainConfig:
     "What a training depends on, besides the images"
     data:str = 'digits'             # COCO folder, YOLO data.yaml, or 'digits' for the embedded set
     out:str = 'runs/train'          # folder of the run
     model:str = 'np'                # np, or plain_s, plain_m, plain_l, patch_m, ref: `CONFIGS` of 01_model
+    weights:str = ''                # best.pt of another run to begin from, of any classes and size; random if empty
     input_size:str = '320'          # one side or HEIGHTxWIDTH, multiples of 32
     epochs:int = 60                 # passes over the training images
     batch_size:int = 16             # images a step, of all devices together; yolov9001 train finds the largest for 0
@@ -195,13 +196,14 @@ class Trainer:
         self.parallelize()
         self.optimizer, self.loader = make_optimizer(self.model, config), self.make_loader()
 
-# %% ../nbs/02_train.ipynb #c5d2e45f
+# %% ../nbs/02_train.ipynb #9286077e
 @patch
 def build(self:Trainer
 )->nn.Module: # that answers with logits while training, and knows `deploy`
     "The model to train, with the weights to begin from"
     model = YOLOv9001(len(self.train.class_names), self.config.model)
     if not self.config.auxiliary_weight: model.auxiliary = None
+    if self.config.weights: begin_from(model, self.config.weights, self.train.class_names)
     return model
 
 # %% ../nbs/02_train.ipynb #2a066e3d
@@ -412,6 +414,26 @@ def save(self:Trainer,
             os.fsync(file.fileno())  # on the disk before it takes the name, also if the power fails
     except OSError as error: raise InputError(f'{self.out/name}: not written ({error.strerror}); the previous one is whole, make room and --resume') from None
 
+# %% ../nbs/02_train.ipynb #afc947a5
+def begin_from(
+    model:YOLOv9001, # as built; its weights are replaced
+    path:str|Path, # `best.pt` of a run with the same `model`
+    class_names:list, # of `model`, in the order of its outputs
+)->list: # the classes that begin anew; raises `InputError` for another `model`
+    "Take over the weights of another run"
+    known, checkpoint = load_model(path)
+    if known.config != model.config: raise InputError(f'{path}: weights of model {known.config}, not {model.config}; give model={known.config}, or other weights')
+    before = {name: position for position, name in enumerate(checkpoint['class_names'])}
+    if not model.auxiliary: known.auxiliary = None
+    last = lambda model: [tower[-1] for head in (model.head, *(model.auxiliary or ())[1:]) for tower in head.classes]
+    for own, other in zip(last(model), last(known)):
+        for position, name in enumerate(class_names):
+            if name in before:
+                for part in ('weight', 'bias'): getattr(own, part).data[position] = getattr(other, part).data[before[name]]
+        other.weight, other.bias = own.weight, own.bias
+    model.load_state_dict(known.state_dict(), strict=False)
+    return [name for name in class_names if name not in before]
+
 # %% ../nbs/02_train.ipynb #7277d109
 @patch
 def average_statistics(self:Trainer):
@@ -433,7 +455,7 @@ def save_state(self:Trainer):
         sums=self.sums, updates=self.ema.updates, seconds=self.seconds, history=self.history, best=self.best))
     with write_whole(self.out/'history.csv') as temporary: pd.DataFrame(self.history).to_csv(temporary, index=False)
 
-# %% ../nbs/02_train.ipynb #0c9e0f34
+# %% ../nbs/02_train.ipynb #7f0bc807
 _FREE = 'out', 'device', 'workers', 'device_batch', 'save_every'  # may change when a run goes on
 
 def check_same(
@@ -442,9 +464,10 @@ def check_same(
     now:dict, # the one to go on with
 ):
     "Raise `InputError` that names every difference of two configurations"
-    same = lambda name: str(Path(before[name]).resolve() if name == 'data' else before.get(name)) == str(Path(now[name]).resolve() if name == 'data' else now[name])
+    before = asdict(TrainConfig()) | before  # it may be older than a field
+    told = lambda name, value: str(Path(value).resolve() if name in ('data', 'weights') else value)
     names = [field.name for field in fields(TrainConfig) if field.name not in _FREE]
-    changed = [f'{name}={before.get(name)}, now {now[name]}' for name in names if not same(name)]
+    changed = [f'{name}={before[name]}, now {now[name]}' for name in names if told(name, before[name]) != told(name, now[name])]
     if changed: raise InputError(f"{path}: was trained with {'; '.join(changed)}; resume with the same, or choose another folder")
 
 # %% ../nbs/02_train.ipynb #0b06743b
