@@ -414,7 +414,8 @@ def save(self:Trainer,
             os.fsync(file.fileno())  # on the disk before it takes the name, also if the power fails
     except OSError as error: raise InputError(f'{self.out/name}: not written ({error.strerror}); the previous one is whole, make room and --resume') from None
 
-# %% ../nbs/02_train.ipynb #afc947a5
+# %% ../nbs/02_train.ipynb #dde369f5
+@torch.no_grad()
 def begin_from(
     model:YOLOv9001, # as built; its weights are replaced
     path:str|Path, # `best.pt` of a run with the same `model`
@@ -428,8 +429,7 @@ def begin_from(
     last = lambda model: [tower[-1] for head in (model.head, *(model.auxiliary or ())[1:]) for tower in head.classes]
     for own, other in zip(last(model), last(known)):
         for position, name in enumerate(class_names):
-            if name in before:
-                for part in ('weight', 'bias'): getattr(own, part).data[position] = getattr(other, part).data[before[name]]
+            if name in before: own.weight[position], own.bias[position] = other.weight[before[name]], other.bias[before[name]]
         other.weight, other.bias = own.weight, own.bias
     model.load_state_dict(known.state_dict(), strict=False)
     return [name for name in class_names if name not in before]
