@@ -99,7 +99,13 @@ def torchrun_environment(
     if plan.hosts: own |= dict(GLOO_SOCKET_IFNAME=plan.interface, NCCL_SOCKET_IFNAME=plan.interface)
     return own | dict(os.environ)
 
-# %% ../nbs/02a_cluster.ipynb #5663925f
+# %% ../nbs/02a_cluster.ipynb #597a9873
+def _exit_code(process, refused):
+    "What torchrun ended with; a refusal ends it, or it would start the processes again"
+    while process.poll() is None and not refused(): time.sleep(.2)
+    if process.poll() is None: process.terminate()
+    return process.wait()
+
 def survive(
     start, # starts torchrun, returns its `subprocess.Popen`
     done, # how far the training is: anything that grows
@@ -114,7 +120,7 @@ def survive(
         while not asked:
             reached, process = done(), start()
             if asked: process.terminate()                   # asked while there was none to pass it on to
-            if process.wait() == 0: return
+            if _exit_code(process, refused) == 0: return
             if asked: return
             if reason := refused(): raise InputError(reason)
             left = attempts if done() > reached else left - 1
