@@ -203,7 +203,9 @@ def build(self:Trainer
     "The model to train, with the weights to begin from"
     model = YOLOv9001(len(self.train.class_names), self.config.model)
     if not self.config.auxiliary_weight: model.auxiliary = None
-    if self.config.weights: begin_from(model, self.config.weights, self.train.class_names)
+    if self.config.weights:
+        anew = begin_from(model, self.config.weights, self.train.class_names)
+        if self.world.rank == 0: tqdm.write(f"begins from {self.config.weights}; classes that begin anew: {', '.join(anew) or 'none'}")
     return model
 
 # %% ../nbs/02_train.ipynb #2a066e3d
