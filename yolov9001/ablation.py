@@ -361,13 +361,13 @@ def worth(
     return long.groupby('change', sort=False).agg(float=('float', 'mean'), int8=('int8', 'mean'), loss=('loss', 'mean'), difference=('difference', 'mean'),
                                                   least=('difference', 'min'), largest=('difference', 'max'), seeds=('seed', 'count'))
 
-# %% ../nbs/03b_ablation.ipynb #cc521682
+# %% ../nbs/03b_ablation.ipynb #c4779609
 def plot_worth(
     table:pd.DataFrame, # from `worth`
 )->plt.Figure:
     "AP in float and in INT8 of each change"
     bars = table.rename_axis('change').reset_index().melt('change', ['float', 'int8'], 'form', 'AP')
-    figure, axis = plt.subplots(figsize=(8, 3), layout='constrained')
+    figure, axis = plt.subplots(figsize=(8, 1 + .35*len(table)), layout='constrained')
     sns.barplot(bars, y='change', x='AP', hue='form', ax=axis)
     axis.set(xlabel='AP50-95', ylabel=''); sns.despine(figure)
     return figure
