@@ -12,11 +12,12 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-# %% ../nbs/00a_core.ipynb #ec71fd45
+# %% ../nbs/00a_core.ipynb #dedbc7ef
 class InputError(ValueError):
     "A mistake in the user's input: one line that names the file, the value and the remedy"
 
-REFUSAL = 'YOLOV9001_REFUSAL'  # environment variable: the file in which one of several processes says why it refuses to go on
+# %% ../nbs/00a_core.ipynb #11af2b18
+REFUSAL = 'YOLOV9001_REFUSAL'
 
 # %% ../nbs/00a_core.ipynb #7271ca79
 class LazyModule:
