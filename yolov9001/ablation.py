@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['BINS', 'VARIANTS', 'STORED', 'LOSSES', 'CHANGES', 'RECIPE', 'PARTS', 'SPPF', 'RepVGGBlock', 'ConcatTopDown',
-           'ConcatBottomUp', 'make_variant', 'observe_boxes', 'varifocal_loss', 'MuonAdamW', 'assigned_codes',
-           'distribution_loss', 'DistributionLoss', 'VariantTrainer', 'measure', 'ablate', 'read_results', 'worth',
-           'plot_worth']
+           'ConcatBottomUp', 'make_variant', 'observe_boxes', 'varifocal_loss', 'orthogonalize', 'MuonAdamW',
+           'assigned_codes', 'distribution_loss', 'DistributionLoss', 'VariantTrainer', 'measure', 'ablate',
+           'read_results', 'worth', 'plot_worth']
 
-# %% ../nbs/03b_ablation.ipynb #aa508539
+# %% ../nbs/03b_ablation.ipynb #f9013872
 import json
+import math
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from .evaluate import evaluate
 from .loss import DualLoss, TaskAlignedAssigner, anchor_points, decode_boxes, distances, distances_to_code, flatten_levels
 from .model import CONFIGS, BottomUp, ModelConfig, TopDown, YOLOv9001, aggregate
 from .quantize import Quantizer, Twin, calibrate
-from .train import OPTIMIZERS, TrainConfig, Trainer, predictor
+from .train import TrainConfig, Trainer, predictor
 
 # %% ../nbs/03b_ablation.ipynb #e6d97776
 class SPPF(nn.Module):
@@ -193,31 +194,32 @@ def varifocal_loss(
     weight = torch.where(wanted > 0, wanted, alpha * logits.detach().sigmoid()**gamma)
     return F.binary_cross_entropy_with_logits(logits, wanted, weight, reduction='sum')
 
-# %% ../nbs/03b_ablation.ipynb #5ba0d155
-class MuonAdamW:
-    "Muon for convolution weights, one row an output channel, and AdamW for the rest"
-    def __init__(self,
-        model:nn.Module, # its parameters are trained
-    ):
-        own = OPTIMIZERS['adamw']
-        self.weights = [p for p in model.parameters() if p.ndim == 4]
-        self.rows = [nn.Parameter(p.detach().flatten(1).clone()) for p in self.weights]
-        self.parts = [torch.optim.Muon(self.rows, **own, adjust_lr_fn='match_rms_adamw'),
-                      torch.optim.AdamW([p for p in model.parameters() if p.ndim != 4], own['lr'], weight_decay=0.)]
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+# %% ../nbs/03b_ablation.ipynb #ca1d3077
+def orthogonalize(
+    matrix:Tensor, # (rows, columns)
+    steps:int=5, # of the iteration, which starts from the matrix over its norm
+)->Tensor: # same shape, of singular values 0.7 to 1.2 if the given are not below 0.01 of the norm
+    "Nearly the nearest orthogonal matrix"
+    x = matrix / matrix.norm().clamp(min=1e-7)
+    if len(x) > x.shape[1]: return orthogonalize(x.T, steps).T
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+    return x
 
-    def zero_grad(self):
-        for part in self.parts: part.zero_grad()
-        for weight in self.weights: weight.grad = None
-
+# %% ../nbs/03b_ablation.ipynb #a60a2bfe
+class MuonAdamW(torch.optim.AdamW):
+    "AdamW, with Muon for the weights of convolutions"
     @torch.no_grad()
     def step(self):
-        for row, weight in zip(self.rows, self.weights):
-            if weight.grad is not None: row.grad = weight.grad.flatten(1)
-        for part in self.parts: part.step()
-        for row, weight in zip(self.rows, self.weights): weight.copy_(row.view_as(weight))
-
-    def state_dict(self): return {'parts': [part.state_dict() for part in self.parts]}
+        for group in self.param_groups:
+            for weight in [p for p in group['params'] if p.ndim == 4 and p.grad is not None]:
+                momentum = self.state[weight].setdefault('momentum', torch.zeros_like(weight)).lerp_(weight.grad, .05)
+                rows = weight.grad.lerp(momentum, .95).flatten(1)
+                update = .2 * math.sqrt(max(rows.shape)) * orthogonalize(rows).view_as(weight)
+                weight.mul_(1 - group['lr'] * group['weight_decay']).sub_(update, alpha=group['lr'])
+                weight.grad = None      # AdamW leaves it alone
+        super().step()
 
 # %% ../nbs/03b_ablation.ipynb #04cc6ea1
 def assigned_codes(
@@ -281,7 +283,7 @@ CHANGES = {'no auxiliary branch': dict(auxiliary_weight=0.), 'SGD': dict(optimiz
            'half the rate': dict(lr=.001), 'twice the rate': dict(lr=.004), 'no average': dict(ema_decay=0.), 'short average': dict(ema_decay=.95),
            'no mosaic': dict(mosaic=0.), 'little zoom': dict(scale=.2), 'batch of 8': dict(batch_size=8), 'auxiliary as heavy': dict(auxiliary_weight=1.)}
 
-# %% ../nbs/03b_ablation.ipynb #96430c95
+# %% ../nbs/03b_ablation.ipynb #1dd6324b
 class VariantTrainer(Trainer):
     "Training of a variant"
     def __init__(self,
@@ -292,7 +294,7 @@ class VariantTrainer(Trainer):
         super().__init__(config)
         kind = partial(DistributionLoss, self.model) if variant == 'distribution branch' else DualLoss
         self.loss = kind(config.auxiliary_weight, total=self.world.total, **LOSSES.get(variant, {}))
-        if variant == 'Muon': self.optimizer = MuonAdamW(self.model)
+        if variant == 'Muon': self.optimizer = MuonAdamW(self.optimizer.param_groups)
 
     def build(self): return make_variant(super().build(), 'ours' if self.variant in {'Muon', *LOSSES, *CHANGES} else self.variant)
 
