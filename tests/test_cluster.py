@@ -13,8 +13,10 @@ import pandas as pd
 import psutil
 import pytest
 
+from yolov9001.checkpoint import load_model, progress
 from yolov9001.data import make_digits
-from yolov9001.train import TrainConfig, Trainer, load_model, progress
+from yolov9001.recipe import TrainConfig
+from yolov9001.train import Trainer
 
 PROGRAM = Path(sys.executable).with_name('yolov9001')
 TINY = dict(input_size='64', batch_size=8, device='cpu', precision='float32', auxiliary_weight=0, evaluate_every=100, sync_batchnorm='no', mosaic=0)

@@ -312,7 +312,7 @@ def test_training_ran_in_screen_and_came_back(cluster):
     log = lambda i: (folder/f'ml{i}'/'results'/'train.log').read_text()[-3000:]
     wait_for(lambda: all(code.exists() for code in codes), 3600, lambda: log(0) + log(1))
     assert [code.read_text() for code in codes] == ['0\n', '0\n'], log(0) + log(1)
-    from yolov9001.train import load_model
+    from yolov9001.checkpoint import load_model
     _, checkpoint = load_model(folder/'jump'/'results'/SERVERS[0]/'train'/'last.pt')
     assert checkpoint['epoch'] == 2
     assert (folder/'jump'/'results'/SERVERS[1]/'train.log').stat().st_size > 0

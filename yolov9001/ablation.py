@@ -30,7 +30,8 @@ from .evaluate import evaluate
 from .loss import DualLoss, TaskAlignedAssigner, anchor_points, decode_boxes, distances, distances_to_code, flatten_levels
 from .model import CONFIGS, BottomUp, ModelConfig, TopDown, YOLOv9001, aggregate
 from .quantize import Quantizer, Twin, calibrate
-from .train import TrainConfig, Trainer, predictor
+from .recipe import TrainConfig
+from .train import Trainer, predictor
 
 # %% ../nbs/03b_ablation.ipynb #e6d97776
 class SPPF(nn.Module):

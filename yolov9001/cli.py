@@ -176,9 +176,9 @@ def _val(
     split:str='val', # train, val or test
 ):
     "Evaluate a model"
+    from yolov9001.checkpoint import check_classes
     from yolov9001.data import load_split
     from yolov9001.evaluate import evaluate
-    from yolov9001.train import check_classes
     from yolov9001.workbook import load_predictor
     predict, names, size = load_predictor(model)
     images = load_split(data, split)
@@ -210,9 +210,9 @@ def _export(
     input_size:str=None, # one side or HEIGHTxWIDTH, that of the training if not given
 ):
     "Write the ONNX file of a checkpoint"
+    from yolov9001.checkpoint import load_model
     from yolov9001.data import parse_size
     from yolov9001.model import export_onnx
-    from yolov9001.train import load_model
     if Path(out).suffix != '.onnx': raise InputError(f'{out}: no .onnx file; give an --out that ends in .onnx')
     model, known = load_model(checkpoint)
     size = parse_size(input_size or known['input_size'])
@@ -253,7 +253,7 @@ def _compare(*,
     "Train or take models, measure them in float and INT8 by the same code, one table and one picture"
     from yolov9001.compare import Budget, compare, summarize
     from yolov9001.data import parse_size
-    from yolov9001.train import TrainConfig
+    from yolov9001.recipe import TrainConfig
     if not all(seed.isdigit() for seed in seeds.split(',')): raise InputError(f'seeds {seeds!r}: write numbers with commas')
     names = [TrainConfig().model if name == 'ours' else name for name in models.split(',')]
     parse_size(input_size)

@@ -21,11 +21,12 @@ import psutil
 import torch
 from torch import nn
 
+from .checkpoint import progress
 from .core import REFUSAL, InputError
 from .data import parse_size
 from .distributed import World, wants_bfloat16
 from .model import YOLOv9001
-from .train import OPTIMIZERS, TrainConfig, progress
+from .recipe import OPTIMIZERS, TrainConfig
 
 # %% ../nbs/02a_cluster.ipynb #c3e7d4be
 @dataclass

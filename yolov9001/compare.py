@@ -33,14 +33,16 @@ import yaml
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from yolov9001.checkpoint import check_classes, load_model
 from yolov9001.core import InputError, LazyModule, write_whole
 from yolov9001.data import DetectionSet, load_split, sample_images
 from yolov9001.evaluate import Detections, _suppress, decode, evaluate, read_metadata, runtime_predictor
 from yolov9001.latency import PUBLISHED, layer_work
 from yolov9001.loss import anchor_points, flatten_levels
 from yolov9001.model import CONFIGS, export_onnx
+from yolov9001.recipe import TrainConfig
 from yolov9001.rk3588_bench import Npu, bench, read_onnx, toolkit_version
-from yolov9001.train import TrainConfig, check_classes, load_model, train
+from yolov9001.train import train
 
 sns = LazyModule('seaborn')
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['design_table', 'plot_design', 'search']
 
-# %% ../nbs/04d_design.ipynb #714c6683
+# %% ../nbs/04d_design.ipynb #7dc43a93
 import warnings
 from dataclasses import replace
 from math import prod
@@ -21,8 +21,8 @@ from .ablation import RECIPE, ablate
 from .compare import PEERS, export_published
 from .latency import layer_ms
 from .model import CONFIGS, YOLOv9001, export_onnx
-from .rk3588_bench import bench, bench_targets
-from .train import TrainConfig
+from .recipe import TrainConfig
+from .rk3588_bench import bench
 
 # %% ../nbs/04d_design.ipynb #7d93ebff
 def design_table(

@@ -29,10 +29,12 @@ from onnx import numpy_helper
 from torch import Tensor, fx, nn
 from tqdm.auto import tqdm
 
+from yolov9001.checkpoint import read_checkpoint
 from yolov9001.core import InputError, LazyModule
 from yolov9001.loss import DualLoss
 from yolov9001.model import YOLOv9001, write_onnx
-from yolov9001.train import TrainConfig, Trainer, read_checkpoint
+from yolov9001.recipe import TrainConfig
+from yolov9001.train import Trainer
 
 sns = LazyModule('seaborn')
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['onnx_gmacs', 'own_seconds', 'peer_seconds', 'training_speed']
 
-# %% ../nbs/04e_speed.ipynb #d9695f5e
+# %% ../nbs/04e_speed.ipynb #5d730228
 import json
 import statistics
 import time
@@ -16,14 +16,14 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import onnx
 import pandas as pd
-import torch
 from onnxruntime import InferenceSession
 from tqdm.auto import tqdm
 
 from .compare import Budget, _finish_job, _run_job, export_peer, write_yolo
 from .data import load_split
 from .model import CONFIGS, YOLOv9001, export_onnx
-from .train import TrainConfig, Trainer
+from .recipe import TrainConfig
+from .train import Trainer
 
 # %% ../nbs/04e_speed.ipynb #2cee0a2f
 def onnx_gmacs(

@@ -7,7 +7,7 @@ __all__ = ['TRAINED', 'RunConfig', 'check_config', 'update_metrics', 'read_confi
            'distribute', 'simulate', 'calibrated_twin', 'sensitivity_stage', 'agreement_stage', 'quantize_stage',
            'run_notebook', 'run', 'load_predictor', 'list_images', 'detect']
 
-# %% ../nbs/05_workbook.ipynb #607b208b
+# %% ../nbs/05_workbook.ipynb #ca24c38f
 import json
 import os
 import sys
@@ -24,16 +24,18 @@ import yaml
 from tqdm.auto import tqdm
 
 from .agreement import code_differences, layer_agreement
+from .checkpoint import check_classes, clear_run, load_model, read_checkpoint
 from .cluster import Plan, launch, negotiate
 from .core import InputError, project_folder, write_json, write_whole
-from .data import DetectionSet, letterbox, load_split, parse_size, sample_images
+from .data import DetectionSet, letterbox, parse_size, sample_images
 from .evaluate import decode, draw_detections, evaluate, onnx_predictor, read_metadata, to_results
 from .model import count_parameters, export_onnx, layer_costs, onnx_metadata
-from .report import save_evaluation, write_report
 from .quantize import (CALIBRATIONS, FIDELITY_IMAGES, QuantConfig, Twin, calibrate, export_qdq,
                                 fidelity, finetune, sensitivity, weight_ranges)
+from .recipe import TrainConfig, check_same, check_values, make_config
+from .report import save_evaluation, write_report
 from .rk3588_bench import TARGETS, Npu, simulate_file, toolkit_version
-from .train import TrainConfig, check_classes, check_same, check_values, clear_run, load_data, load_model, make_config, predictor, prepare, read_checkpoint
+from .train import load_data, predictor, prepare
 
 # %% ../nbs/05_workbook.ipynb #1c1f0fd3
 @dataclass
