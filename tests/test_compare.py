@@ -7,10 +7,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from yolov9001.compare import Budget, compare, read_rows, ultralytics_version
+from yolov9001.compare import Budget, compare, read_rows
 from yolov9001.core import InputError, project_folder
 from yolov9001.data import make_digits
 from yolov9001.latency import PUBLISHED, fit_prices, leave_family_out, model_ms
+from yolov9001.peers import ultralytics_version
 from yolov9001.rk3588_bench import toolkit_version
 
 needs_toolkit = pytest.mark.skipif(toolkit_version() is None, reason='rknn-toolkit2 is not installed')
@@ -47,7 +48,7 @@ def test_finished_rows_are_kept_and_other_budgets_refused(tiny):
     folder, words = tiny
     before = {file: file.stat().st_mtime_ns for file in (folder/'out').glob('*/val.json')}
     given = folder/'out'/'yolov8n-0'/'model.onnx'
-    result = command(*words, '--models', f'ours,yolov8n,{given}=yolov9001.compare:decode_peer')
+    result = command(*words, '--models', f'ours,yolov8n,{given}=yolov9001.peers:decode_peer')
     assert result.returncode == 0, result.stderr
     assert before == {file: file.stat().st_mtime_ns for file in before}
     rows = read_rows(folder/'out').set_index('model')

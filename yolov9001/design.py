@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['design_table', 'plot_design', 'search']
 
-# %% ../nbs/04d_design.ipynb #7dc43a93
+# %% ../nbs/04d_design.ipynb #78937280
 import warnings
 from dataclasses import replace
 from math import prod
@@ -18,9 +18,9 @@ import seaborn as sns
 from tqdm.auto import tqdm
 
 from .ablation import RECIPE, ablate
-from .compare import PEERS, export_published
 from .latency import layer_ms
 from .model import CONFIGS, YOLOv9001, export_onnx
+from .peers import PEERS, export_published
 from .recipe import TrainConfig
 from .rk3588_bench import bench
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['onnx_gmacs', 'own_seconds', 'peer_seconds', 'training_speed']
 
-# %% ../nbs/04e_speed.ipynb #5d730228
+# %% ../nbs/04e_speed.ipynb #96bcdfeb
 import json
 import statistics
 import time
@@ -19,9 +19,10 @@ import pandas as pd
 from onnxruntime import InferenceSession
 from tqdm.auto import tqdm
 
-from .compare import Budget, _finish_job, _run_job, export_peer, write_yolo
+from .compare import Budget
 from .data import load_split
 from .model import CONFIGS, YOLOv9001, export_onnx
+from .peers import export_peer, finish_job, start_job, write_yolo
 from .recipe import TrainConfig
 from .train import Trainer
 
@@ -62,7 +63,7 @@ def own_seconds(
                 start = done
     return {part: statistics.median(values) for part, values in parts.items()}
 
-# %% ../nbs/04e_speed.ipynb #cd3bf915
+# %% ../nbs/04e_speed.ipynb #11b4639f
 def _speed_job(name, data, out, epochs, size, batch_size, result):
     "In the job: train, and write the marks of every step of the timed epochs"
     from ultralytics import YOLO
@@ -85,9 +86,9 @@ def peer_seconds(
     "Time the parts of a peer's training"
     with TemporaryDirectory() as folder:
         result, log = Path(folder)/'marks.json', Path(folder)/'train.log'
-        job = _run_job('_speed_job', log, module='yolov9001.speed', name=name, data=str(data), out=Path(folder)/'run', epochs=epochs,
+        job = start_job('_speed_job', log, module='yolov9001.speed', name=name, data=str(data), out=Path(folder)/'run', epochs=epochs,
                        size=budget.input_size, batch_size=budget.batch_size, result=str(result))
-        _finish_job(job, log, f'{name} on {data}')
+        finish_job(job, log, f'{name} on {data}')
         marks = json.loads(result.read_text())
     parts, epoch = dict(loader=[], step=[]), []
     for mark in marks:
