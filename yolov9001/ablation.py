@@ -29,9 +29,10 @@ from .data import sample_images
 from .evaluate import evaluate
 from .loss import DualLoss, TaskAlignedAssigner, anchor_points, decode_boxes, distances, distances_to_code, flatten_levels
 from .model import CONFIGS, BottomUp, ModelConfig, TopDown, YOLOv9001, aggregate
-from .quantize import Quantizer, Twin, calibrate
+from .quantize import calibrate
 from .recipe import TrainConfig
 from .train import Trainer, predictor
+from .twin import Quantizer, Twin
 
 # %% ../nbs/03b_ablation.ipynb #e6d97776
 class SPPF(nn.Module):

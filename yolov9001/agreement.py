@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from tqdm.auto import tqdm
 
 from yolov9001.core import InputError, LazyModule
-from yolov9001.quantize import Quantizer, Twin
+from yolov9001.twin import Quantizer, Twin
 
 sns = LazyModule('seaborn')
 

@@ -30,12 +30,13 @@ from .core import InputError, project_folder, write_json, write_whole
 from .data import DetectionSet, letterbox, parse_size, sample_images
 from .evaluate import decode, draw_detections, evaluate, onnx_predictor, read_metadata, to_results
 from .model import count_parameters, export_onnx, layer_costs, onnx_metadata
-from .quantize import (CALIBRATIONS, FIDELITY_IMAGES, QuantConfig, Twin, calibrate, export_qdq,
+from .quantize import (CALIBRATIONS, FIDELITY_IMAGES, QuantConfig, calibrate, export_qdq,
                                 fidelity, finetune, sensitivity, weight_ranges)
 from .recipe import TrainConfig, check_same, check_values, make_config
 from .report import save_evaluation, write_report
 from .rk3588_bench import TARGETS, Npu, simulate_file, toolkit_version
 from .train import load_data, predictor, prepare
+from .twin import Twin
 
 # %% ../nbs/05_workbook.ipynb #1c1f0fd3
 @dataclass
