@@ -68,16 +68,13 @@ class Trainer:
         self.parallelize()
         self.optimizer, self.loader = make_optimizer(self.model, config), self.make_loader()
 
-# %% ../nbs/02_train.ipynb #9286077e
+# %% ../nbs/02_train.ipynb #0c9f1b59
 @patch
 def build(self:Trainer
 )->nn.Module: # that answers with logits while training, and knows `deploy`
-    "The model to train, with the weights to begin from"
+    "The model to train"
     model = YOLOv9001(len(self.train.class_names), self.config.model)
     if not self.config.auxiliary_weight: model.auxiliary = None
-    if self.config.weights:
-        anew = begin_from(model, self.config.weights, self.train.class_names)
-        if self.world.rank == 0: tqdm.write(f"begins from {self.config.weights}; classes that begin anew: {', '.join(anew) or 'none'}")
     return model
 
 # %% ../nbs/02_train.ipynb #2a066e3d
@@ -315,7 +312,15 @@ def fit(self:Trainer,
             if on_epoch: on_epoch(self)
     return pd.DataFrame(self.history)
 
-# %% ../nbs/02_train.ipynb #259202f4
+# %% ../nbs/02_train.ipynb #add6965b
+@patch
+def begin(self:Trainer):
+    "Take over the weights of the run that `weights` names; raises `InputError` for a file that does not fit"
+    anew = begin_from(self.model, self.config.weights, self.train.class_names)
+    self.ema.model.load_state_dict(self.model.state_dict())
+    if self.world.rank == 0: tqdm.write(f"begins from {self.config.weights}; classes that begin anew: {', '.join(anew) or 'none'}")
+
+# %% ../nbs/02_train.ipynb #b9eb555c
 def prepare(
     config:TrainConfig, # of the run
     resume:bool=False, # continue the run in `config.out`
@@ -327,8 +332,10 @@ def prepare(
         raise InputError(f'{config.out}: already holds a run; choose another --out, or --resume, or --overwrite')
     trainer = Trainer(config)
     if resume: trainer.share_newest()
-    if resume and last.exists(): trainer.resume()
-    elif overwrite and trainer.writes: clear_run(trainer.out)
+    resume = resume and last.exists()
+    if resume: trainer.resume()
+    elif config.weights: trainer.begin()
+    if overwrite and not resume and trainer.writes: clear_run(trainer.out)
     return trainer
 
 # %% ../nbs/02_train.ipynb #a2ae8fca
