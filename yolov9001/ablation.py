@@ -276,15 +276,15 @@ class DistributionLoss(DualLoss):
         parts['distribution'] = self.weight * (distance * score).sum() / self.branch.total(score.sum()).clamp(min=1)
         return total + parts['distribution'], parts | {'distribution': parts['distribution'].item()}
 
-# %% ../nbs/03b_ablation.ipynb #a1296da2
+# %% ../nbs/03b_ablation.ipynb #54767ae9
 LOSSES = {'GIoU': dict(box_loss=generalized_box_iou_loss), 'varifocal loss': dict(class_loss=varifocal_loss),
           'no small targets': dict(assigner=TaskAlignedAssigner(smallest=0.)),
           '13 candidates': dict(assigner=TaskAlignedAssigner(topk=13)), 'IoU to the 4th': dict(assigner=TaskAlignedAssigner(beta=4.))}
 
-CHANGES = {'no auxiliary branch': dict(auxiliary_weight=0.), 'SGD': dict(optimizer='sgd', lr=0.), 'decay 0.0005': dict(weight_decay=5e-4),
-           'half the rate': dict(lr=.001), 'twice the rate': dict(lr=.004), 'four times the rate': dict(lr=.008), 'no average': dict(ema_decay=0.),
-           'short average': dict(ema_decay=.95), 'no mosaic': dict(mosaic=0.), 'little zoom': dict(scale=.2), 'batch of 8': dict(batch_size=8), 'batch of 8, twice the rate': dict(batch_size=8, lr=.004),
-           'auxiliary as heavy': dict(auxiliary_weight=1.)}
+CHANGES = {'no auxiliary branch': dict(auxiliary_weight=0.), 'auxiliary as heavy': dict(auxiliary_weight=1.), 'SGD': dict(optimizer='sgd', lr=0.),
+           'half the rate': dict(lr=.001), 'twice the rate': dict(lr=.004), 'four times the rate': dict(lr=.008), 'decay 0.0005': dict(weight_decay=5e-4),
+           'batch of 8': dict(batch_size=8), 'batch of 8, twice the rate': dict(batch_size=8, lr=.004), 'no mosaic': dict(mosaic=0.),
+           'little zoom': dict(scale=.2), 'no average': dict(ema_decay=0.), 'short average': dict(ema_decay=.95)}
 
 # %% ../nbs/03b_ablation.ipynb #1dd6324b
 class VariantTrainer(Trainer):
