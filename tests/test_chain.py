@@ -8,11 +8,11 @@ from pathlib import Path
 import papermill
 import pytest
 
+from yolov9001.cli import describe_knobs
+from yolov9001.config import RunConfig
 from yolov9001.core import project_folder
 from yolov9001.data import make_digits
 from yolov9001.rk3588_bench import toolkit_version
-from yolov9001.cli import describe_knobs
-from yolov9001.workbook import RunConfig
 
 METRICS = {'map_fp32', 'map50_fp32', 'map_int8_ptq', 'map_int8_qat', 'images_val', 'params_deploy', 'gmacs_deploy', 'input_size', 'npu_layers',
            'cpu_layers', 'float_layers', 'npu_cycles', 'traffic_bytes', 'estimated_ms', 'rknn_bytes', 'train_images_per_s', 'train_seconds', 'seed'}

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from yolov9001.checkpoint import load_model, progress
+from yolov9001.config import TrainConfig
 from yolov9001.data import make_digits
-from yolov9001.recipe import TrainConfig
 from yolov9001.train import Trainer
 
 PROGRAM = Path(sys.executable).with_name('yolov9001')

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
 from .blocks import ConvBNReLU, FusedConv, QARepVGGBlockV2, fold_batchnorm
+from .config import TrainConfig
 from .core import InputError, write_json
 from .data import sample_images
 from .evaluate import evaluate
 from .loss import DualLoss, TaskAlignedAssigner, anchor_points, decode_boxes, distances, distances_to_code, flatten_levels
 from .model import CONFIGS, BottomUp, ModelConfig, TopDown, YOLOv9001, aggregate
 from .quantize import calibrate
-from .recipe import TrainConfig
 from .train import Trainer, predictor
 from .twin import Quantizer, Twin
 

@@ -22,11 +22,12 @@ import torch
 from torch import nn
 
 from .checkpoint import progress
+from .config import TrainConfig
 from .core import REFUSAL, InputError
 from .data import parse_size
 from .distributed import World, wants_bfloat16
 from .model import YOLOv9001
-from .recipe import OPTIMIZERS, TrainConfig
+from .optimize import OPTIMIZERS
 
 # %% ../nbs/02a_cluster.ipynb #c3e7d4be
 @dataclass

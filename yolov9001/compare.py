@@ -24,12 +24,12 @@ import onnx
 import pandas as pd
 
 from yolov9001.checkpoint import check_classes, load_model
+from yolov9001.config import TrainConfig
 from yolov9001.core import InputError, LazyModule, write_whole
 from yolov9001.data import DetectionSet, load_split, sample_images
 from yolov9001.evaluate import decode, evaluate, read_metadata, runtime_predictor
 from yolov9001.model import CONFIGS, export_onnx
 from yolov9001.peers import decode_peer, export_peer, peer_names, train_peer, ultralytics_version, write_yolo
-from yolov9001.recipe import TrainConfig
 from yolov9001.rk3588_bench import Npu, read_onnx, toolkit_version
 from yolov9001.train import train
 

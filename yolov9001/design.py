@@ -18,10 +18,10 @@ import seaborn as sns
 from tqdm.auto import tqdm
 
 from .ablation import RECIPE, ablate
+from .config import TrainConfig
 from .latency import layer_ms
 from .model import CONFIGS, YOLOv9001, export_onnx
 from .peers import PEERS, export_published
-from .recipe import TrainConfig
 from .rk3588_bench import bench
 
 # %% ../nbs/04d_design.ipynb #7d93ebff

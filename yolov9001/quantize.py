@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CALIBRATIONS', 'FIDELITY_IMAGES', 'Histogram', 'best_high', 'correct_biases', 'calibrate', 'sensitivity', 'fidelity',
            'weight_ranges', 'plot_fidelity', 'export_qdq', 'DistilledLoss', 'output_distance', 'Student',
-           'QuantizedTrainer', 'QuantConfig', 'finetune_config', 'finetune']
+           'QuantizedTrainer', 'finetune_config', 'finetune']
 
 # %% ../nbs/03_quantize.ipynb #6879b7da
 import copy
@@ -13,7 +13,7 @@ import hashlib
 import operator
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from yolov9001.checkpoint import read_checkpoint
+from yolov9001.config import QuantConfig, TrainConfig
 from yolov9001.core import InputError, LazyModule
 from yolov9001.loss import DualLoss
 from yolov9001.model import YOLOv9001, write_onnx
-from yolov9001.recipe import TrainConfig
 from yolov9001.train import Trainer
 from yolov9001.twin import WEIGHT_LEVEL, QuantConv2d, Quantizer, Register, Twin, node_kind, switch
 
@@ -331,16 +331,7 @@ class QuantizedTrainer(Trainer):
         "As `Trainer.save`, with the origin"
         super().save(name, origin=self.origin, **training)
 
-# %% ../nbs/03_quantize.ipynb #436ad1f9
-@dataclass
-class QuantConfig(TrainConfig):
-    "What training and quantization depend on"
-    calibration:str = 'mse'         # how activations are clipped: minmax, percentile, mse or kl
-    calibration_images:int = 100    # training images that set the INT8 ranges
-    qat_epochs:int = 6              # epochs of quantization-aware training, 0 for none
-    qat_lr:float = 1e-4             # its peak learning rate, with AdamW
-    distillation:float = 1.         # weight of the distance to the float model
-
+# %% ../nbs/03_quantize.ipynb #06416249
 def finetune_config(
     config:QuantConfig, # of the run
 )->TrainConfig: # of its quantization-aware training, in the folder `qat` of the run

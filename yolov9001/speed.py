@@ -20,10 +20,10 @@ from onnxruntime import InferenceSession
 from tqdm.auto import tqdm
 
 from .compare import Budget
+from .config import TrainConfig
 from .data import load_split
 from .model import CONFIGS, YOLOv9001, export_onnx
 from .peers import export_peer, finish_job, start_job, write_yolo
-from .recipe import TrainConfig
 from .train import Trainer
 
 # %% ../nbs/04e_speed.ipynb #2cee0a2f

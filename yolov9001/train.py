@@ -27,13 +27,14 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .checkpoint import RUN_FILES, begin_from, check_classes, clear_run, progress, read_checkpoint, write_checkpoint
+from .config import TrainConfig, check_same, check_values
 from .core import InputError, write_whole
 from .data import Augmentation, EpochSampler, TrainSet, collate, load_split, parse_size
 from .distributed import World, synchronize_batchnorm, wants_bfloat16
 from .evaluate import Evaluation, coco_metrics, detect_all
 from .loss import DualLoss
 from .model import YOLOv9001
-from .recipe import EMA, OPTIMIZERS, TrainConfig, check_same, check_values, learning_rate, make_optimizer
+from .optimize import EMA, OPTIMIZERS, learning_rate, make_optimizer
 
 # %% ../nbs/02_train.ipynb #0a08aa88
 def load_data(
