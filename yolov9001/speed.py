@@ -40,16 +40,17 @@ def onnx_gmacs(
     maps = session.run(names, {images.name: np.zeros(images.shape, np.float32)})
     return sum(prod(weights[n.input[1]])*prod(m.shape[2:]) for n, m in zip(convs, maps))/1e9
 
-# %% ../nbs/04e_speed.ipynb #4853e952
+# %% ../nbs/04e_speed.ipynb #d6d54800
 def own_seconds(
     name:str, # a key of `CONFIGS`
     budget:Budget, # its data, input size and batch size
     epochs:int=1, # timed, after one that is not
+    auxiliary_weight:float=TrainConfig.auxiliary_weight, # 0 trains without the auxiliary branch
 )->dict: # loader, step: median seconds an image
     "Time the parts of our training"
     with TemporaryDirectory() as folder:
         trainer = Trainer(TrainConfig(budget.data, folder, name, input_size=str(budget.input_size), epochs=epochs + 1,
-                                      batch_size=budget.batch_size, device='cpu'))
+                                      batch_size=budget.batch_size, auxiliary_weight=auxiliary_weight, device='cpu'))
         trainer.model.train()
         parts, marks = dict(loader=[], step=[]), []
         for trainer.sampler.epoch in range(epochs + 1):
