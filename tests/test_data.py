@@ -7,8 +7,9 @@ import cv2
 import numpy as np
 import pytest
 
+from yolov9001.augment import Augmentation, TrainSet
 from yolov9001.core import InputError
-from yolov9001.data import Augmentation, TrainSet, load_split, make_digits
+from yolov9001.data import load_split, make_digits
 
 
 def coco(**changes):

@@ -26,10 +26,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .augment import Augmentation, EpochSampler, TrainSet, collate
 from .checkpoint import RUN_FILES, begin_from, check_classes, clear_run, progress, read_checkpoint, write_checkpoint
 from .config import TrainConfig, check_same, check_values
 from .core import InputError, write_whole
-from .data import Augmentation, EpochSampler, TrainSet, collate, load_split, parse_size
+from .data import load_split, parse_size
 from .distributed import World, synchronize_batchnorm, wants_bfloat16
 from .evaluate import Evaluation, coco_metrics, detect_all
 from .loss import DualLoss
