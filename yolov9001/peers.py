@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .core import InputError, write_whole
-from .evaluate import Detections, _suppress
+from .evaluate import Detections, suppress
 from .latency import PUBLISHED, layer_work
 from .loss import anchor_points, flatten_levels
 from .rk3588_bench import bench
@@ -179,7 +179,7 @@ def decode_peer(
     "Turn a peer's outputs into boxes; only the box code differs from ours"
     levels = [torch.as_tensor(level).float() for level in outputs]
     images = zip(peer_boxes(levels[::2]), flatten_levels(levels[1::2]))
-    return [_suppress(*image, confidence, iou, max_detections) for image in images]
+    return [suppress(*image, confidence, iou, max_detections) for image in images]
 
 # %% ../nbs/03d_peers.ipynb #555dab91
 def _conv(cin, cout, ks=3, stride=1, act=nn.ReLU):
