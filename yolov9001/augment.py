@@ -137,7 +137,7 @@ def _compose(
         targets.append(objects)
     return canvas, _clip_targets(np.concatenate(targets), tiles.size)
 
-# %% ../nbs/01i_augment.ipynb #77f1ef8e
+# %% ../nbs/01i_augment.ipynb #fc34d8f4
 class TrainSet(Dataset):
     "Augmented training items; keys are (epoch, index), as `EpochSampler` gives them"
     def __init__(self,
@@ -146,7 +146,7 @@ class TrainSet(Dataset):
         augmentation:Augmentation=None, # `Augmentation()` if None
         seed:int=0, # of all chance
         mosaic_until:int=None, # first epoch without mosaic, None for mosaic to the end
-        cache_bytes:float=4e9, # fitted images stay in memory if they all fit in this, else each is read anew
+        cache_bytes:float=4e9, # fitted images stay in the memory of this process if they all fit in so much, else each is read anew
     ):
         self.detection_set, self.size, self.seed = detection_set, parse_size(size), seed
         self.augmentation = augmentation or Augmentation()

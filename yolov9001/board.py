@@ -63,7 +63,7 @@ def decode_level(
     x, y = (cells % width + .5)*stride, (cells//width + .5)*stride
     return np.stack([x - left, y - top, x + right, y + bottom], 1), scores.reshape(classes, -1)[kinds, cells], kinds
 
-# %% ../nbs/04c_board.ipynb #6e1a95d8
+# %% ../nbs/04c_board.ipynb #0e17f963
 def suppress(
     boxes:np.ndarray, # (n, 4) `xyxy`, best first
     classes:np.ndarray, # (n,)
@@ -72,7 +72,7 @@ def suppress(
 )->list: # positions kept
     "Non-maximum suppression by class"
     if not len(boxes): return []
-    boxes = boxes + (classes*(boxes.max() + 1))[:, None]   # classes apart from each other
+    boxes = boxes + (classes*(boxes.max() - boxes.min() + 1.))[:, None]     # classes apart from each other
     areas, left, keep = (boxes[:, 2:] - boxes[:, :2]).prod(1), np.arange(len(boxes)), []
     while len(left) and len(keep) < most:
         best, left = left[0], left[1:]
@@ -119,7 +119,7 @@ class LiteRuntime:
         "Let the core go"
         self.rknn.release()
 
-# %% ../nbs/04c_board.ipynb #228235c1
+# %% ../nbs/04c_board.ipynb #fc725f6d
 def read_frames(
     source:str, # an image, a folder of images, or the number of a camera
 ): # yields (name, (height, width, 3) uint8 RGB); raises `ValueError` where there is nothing to read
@@ -132,6 +132,7 @@ def read_frames(
             yield f'frame_{number:06}', cv2.cvtColor(grabbed[1], cv2.COLOR_BGR2RGB)
             number += 1
         return
+    if not Path(source).exists(): raise ValueError(f'{source}: no such file or folder')
     files = sorted(Path(source).iterdir()) if Path(source).is_dir() else [Path(source)]
     files = [file for file in files if file.suffix.lower() in ('.jpg', '.jpeg', '.png', '.bmp', '.webp')]
     if not files: raise ValueError(f'{source}: no image there')
@@ -187,7 +188,7 @@ class Pipeline:
             if self.keep: self.results[number] = name, found
             self.times.append(np.diff(marks + later))
 
-# %% ../nbs/04c_board.ipynb #a3aedadc
+# %% ../nbs/04c_board.ipynb #016e9dc9
 STAGES = ('read', 'prepare', 'run', 'decode')
 
 def latency(
@@ -200,10 +201,10 @@ def latency(
     times = np.column_stack([times, times[:, 1:].sum(1)])
     numbers = dict(frames=len(pipeline.times), cores=len(pipeline.runtimes), frames_per_s=len(pipeline.times)/pipeline.seconds)
     for suffix, part in (('', 50), ('_p90', 90)):
-        numbers |= {f'{stage}_ms{suffix}': float(ms) for stage, ms in zip((*STAGES, 'total'), np.percentile(times, part, axis=0))}
+        numbers.update({f'{stage}_ms{suffix}': float(ms) for stage, ms in zip((*STAGES, 'total'), np.percentile(times, part, axis=0))})
     return numbers
 
-# %% ../nbs/04c_board.ipynb #3ec0e006
+# %% ../nbs/04c_board.ipynb #a58cf456
 def read_size(
     text:str, # '320', or '480x640' (height first)
 )->tuple: # (height, width)
@@ -223,15 +224,17 @@ def run_board(
     runtime=LiteRuntime, # called with the model and the number of a core
 )->tuple: # numbers as `latency` gives them, detections by name
     "Detect on the board and tell how long it took"
-    if cores < 1: raise ValueError(f'cores {cores}: must be at least 1')
+    for name, value in (('cores', cores), ('frames', 1 if frames is None else frames)):
+        if value < 1: raise ValueError(f'{name} {value}: must be at least 1')
+    if not 0 <= confidence <= 1: raise ValueError(f'confidence {confidence}: must be 0 to 1')
     runtimes = [runtime(model, core) for core in range(cores)]
     pipeline, images = Pipeline(runtimes, size, confidence, keep), read_frames(source)
     try: found = pipeline.run(islice(images, frames))
     finally:
         for each in runtimes: each.close()
-    return latency(pipeline, min(warmup, len(pipeline.times)//2)) | dict(model=Path(model).name, input_size=f'{size[0]}x{size[1]}'), found
+    return {**latency(pipeline, min(warmup, len(pipeline.times)//2)), 'model': Path(model).name, 'input_size': f'{size[0]}x{size[1]}'}, found
 
-# %% ../nbs/04c_board.ipynb #ffbca755
+# %% ../nbs/04c_board.ipynb #d4b012b4
 def main(
     arguments:list=None, # words of the command line, those of the process if None
 )->int: # exit code: 0 done, 2 wrong input
@@ -249,16 +252,16 @@ def main(
     try:
         for path in filter(None, (a.json, a.detections)): Path(path).parent.mkdir(parents=True, exist_ok=True)
         numbers, found = run_board(a.model, a.source, a.input_size, a.cores, a.frames, a.confidence, keep=bool(a.detections))
+        print(json.dumps(numbers, indent=2))
+        rows = {name: [dict(box=box.tolist(), score=float(s), class_id=int(c)) for box, s, c in zip(*each)] for name, each in found.items()}
+        for path, content in ((a.json, numbers), (a.detections, rows)):
+            if path: Path(path).write_text(json.dumps(content, indent=2) + '\n')
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f'board: {error}', file=sys.stderr)
         return 2
-    print(json.dumps(numbers, indent=2))
-    rows = {name: [dict(box=box.tolist(), score=float(s), class_id=int(c)) for box, s, c in zip(*each)] for name, each in found.items()}
-    for path, content in ((a.json, numbers), (a.detections, rows)):
-        if path: Path(path).write_text(json.dumps(content, indent=2) + '\n')
     return 0
 
-# %% ../nbs/04c_board.ipynb #f938f1f5
+# %% ../nbs/04c_board.ipynb #ab4d3d64
 def plot_latency(
     numbers:dict, # as `latency` gives them, from the JSON of the board
     estimate:dict=None, # `estimated_ms`, `estimated_ms_low` and `_high`, from the JSON of `yolov9001 bench`
@@ -272,7 +275,7 @@ def plot_latency(
         start += numbers[f'{stage}_ms']
     if estimate:
         middle = estimate['estimated_ms']
-        spread = [[middle - estimate['estimated_ms_low']], [estimate['estimated_ms_high'] - middle]]
+        spread = [[middle - estimate['estimated_ms_low']], [(estimate['estimated_ms_high'] or middle) - middle]]     # none with layers on the CPU
         axis.barh('estimated run', middle, left=numbers['prepare_ms'], color='#4c72b0', alpha=.5, xerr=spread)
     axis.set(xlabel='ms a frame, median'); axis.legend(ncols=3, loc='upper right', frameon=False)
     return figure

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RUN_FILES', 'write_checkpoint', 'read_checkpoint', 'load_model', 'check_classes', 'begin_from', 'progress',
-           'clear_run']
+           'read_state', 'check_folder', 'clear_run']
 
 # %% ../nbs/01h_checkpoint.ipynb #bd4e8026
 import io
@@ -16,28 +16,26 @@ import torch
 from .core import InputError, write_whole
 from .model import CONFIGS, YOLOv9001
 
-# %% ../nbs/01h_checkpoint.ipynb #95c43112
+# %% ../nbs/01h_checkpoint.ipynb #d04cc751
 def write_checkpoint(
     path:str|Path, # file
     checkpoint:dict, # of tensors, numbers and texts
 ):
-    "Write a checkpoint; raises `InputError` where the disk is full, the previous file stays whole"
+    "Write a checkpoint; where that fails the previous file stays whole"
     content = io.BytesIO()
     torch.save(checkpoint, content)
-    try:
-        with write_whole(path) as temporary, open(temporary, 'wb') as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())  # on the disk before it takes the name, also if the power fails
-    except OSError as error: raise InputError(f'{path}: not written ({error.strerror}); the previous one is whole, make room and --resume') from None
+    with write_whole(path) as temporary, open(temporary, 'wb') as file:
+        file.write(content.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())  # on the disk before it takes the name, also if the power fails
 
-# %% ../nbs/01h_checkpoint.ipynb #8a49f354
+# %% ../nbs/01h_checkpoint.ipynb #7279003d
 def read_checkpoint(
-    path:str|Path, # `best.pt` or `last.pt` of a run
+    path:str|Path, # `best.pt` or `last.pt` of a run, or its folder for `best.pt`
     format:str='yolov9001', # what `Trainer.format` wrote into it
 )->dict: # weights, model, class_names, input_size, epoch, ...; raises `InputError` if it is missing, torn or of another model
     "Read and check a checkpoint"
-    path = Path(path)
+    path = Path(path)/'best.pt' if Path(path).is_dir() else Path(path)
     if not path.is_file(): raise InputError(f'{path}: no such checkpoint; train first, or give the best.pt of a run')
     try: checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:
@@ -46,9 +44,9 @@ def read_checkpoint(
         raise InputError(f'{path}: a checkpoint of another model; give a best.pt that yolov9001 train wrote')
     return checkpoint
 
-# %% ../nbs/01h_checkpoint.ipynb #2cd86cdc
+# %% ../nbs/01h_checkpoint.ipynb #69b82616
 def load_model(
-    path:str|Path, # `best.pt` or `last.pt` of a run
+    path:str|Path, # as `read_checkpoint` takes it
 )->tuple: # `YOLOv9001` in eval mode (training form), and the checkpoint's other entries: class_names, input_size, ...
     "The model of a checkpoint"
     checkpoint = read_checkpoint(path)
@@ -90,21 +88,42 @@ def begin_from(
     model.load_state_dict(known.state_dict(), strict=False)
     return [name for name in class_names if name not in before]
 
-# %% ../nbs/01h_checkpoint.ipynb #2d6e8f50
+# %% ../nbs/01h_checkpoint.ipynb #e82a6953
 RUN_FILES = 'best.pt', 'history.csv', 'last.pt'  # what a run leaves, in the order of writing
 
 def progress(
     path:str|Path, # `last.pt` of a run
-)->tuple: # epochs and batches done; (-1, -1) where there is none, or it is torn
+)->tuple: # epochs and batches done; (-1, -1) where there is none, it is torn, or nothing can go on from it
     "How far a checkpoint is"
-    try: checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        return checkpoint['epoch'], checkpoint['state']['batch']
     except Exception: return -1, -1
-    return checkpoint['epoch'], checkpoint['state']['batch']
 
-# %% ../nbs/01h_checkpoint.ipynb #7c6b8f0e
+# %% ../nbs/01h_checkpoint.ipynb #aa60ca62
+def read_state(
+    path:str|Path, # `last.pt` of a run
+    format:str='yolov9001', # as `read_checkpoint` takes it
+)->dict: # the checkpoint, with its `state`; raises `InputError` where there is none
+    "A checkpoint that a training can go on from"
+    checkpoint = read_checkpoint(path, format)
+    if 'state' not in checkpoint: raise InputError(f'{path}: holds no training state; train anew in another folder')
+    return checkpoint
+
+def check_folder(
+    folder:str|Path, # of a run to begin or to continue
+    resume:bool=False, # continue what is there
+    overwrite:bool=False, # begin anew although there is something
+):
+    "Raise `InputError` for a run that is there and neither continued nor overwritten"
+    if resume and overwrite: raise InputError(f'{folder}: to resume and to overwrite exclude each other; give one of them')
+    if (Path(folder)/'last.pt').exists() and not (resume or overwrite):
+        raise InputError(f'{folder}: already holds a run; choose another --out, or --resume, or --overwrite')
+
+# %% ../nbs/01h_checkpoint.ipynb #4e5afa87
 _STAGE_FILES = (*(f'{name}.csv' for name in ('layers', 'fidelity', 'weight_ranges', 'code_differences', 'agreement', 'sensitivity')),
                 *(f'evaluation_{name}.json' for name in ('fp32', 'int8_ptq', 'int8_qat')),
-                'metrics.json', 'model.onnx', 'model_int8.onnx', 'model.rknn', 'report.html')  # of the stages behind training
+                'metrics.json', 'model.onnx', 'model_int8.onnx', 'model.rknn', 'train.ipynb', 'quantize.ipynb', 'bench.ipynb', 'report.html')
 
 def clear_run(
     folder:str|Path, # of a run

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'command', 'add_arguments', 'describe_knobs', 'main']
 
-# %% ../nbs/06_cli.ipynb #430c72da
+# %% ../nbs/06_cli.ipynb #b8c0bc41
 import argparse
 import inspect
 import os
@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .config import TRAINED, RunConfig, run_config
-from .core import REFUSAL, InputError, write_json
+from .core import REFUSAL, InputError, write_json, write_whole
 
 # %% ../nbs/06_cli.ipynb #c72d9faf
 COMMANDS = {}
@@ -102,7 +102,7 @@ def _run(*,
     from yolov9001.workbook import run
     print(f'report: {run(settings, resume, overwrite)}')
 
-# %% ../nbs/06_cli.ipynb #86f04bee
+# %% ../nbs/06_cli.ipynb #1b8c1d37
 @command
 def _train(*,
     out:str, # folder of the run
@@ -111,7 +111,7 @@ def _train(*,
     p:list=None, # name=value, any of the parameters below; may be repeated
     resume:bool=False, # continue the run in --out
     overwrite:bool=False, # start anew although --out holds a run
-    devices:str='auto', # processes on this host, one a device: auto for all GPUs (one process where there is none), or a number
+    devices:str='auto', # processes on this host, one a device: auto for all GPUs (one process where there is none, or -p device names one), or a number
     hosts:str='', # addresses of all hosts, commas between them; start the same command on each, again after a failure
     address:str='', # of this host in --hosts, found if it has only one of them
 ):
@@ -119,17 +119,17 @@ def _train(*,
     settings = run_config(data, out, config, p)
     from yolov9001.cluster import make_plan
     from yolov9001.workbook import distribute, train_stage
-    plan = make_plan(devices, hosts, address)
+    plan = make_plan(devices, hosts, address, settings.device)
     if not (plan.alone or 'RANK' in os.environ): return distribute(plan, settings, resume, overwrite)
     metrics = train_stage(settings, resume, overwrite)
     if not metrics: return
     print_json(data=metrics)
     print(f'wrote {out}/best.pt and {out}/model.onnx')
 
-# %% ../nbs/06_cli.ipynb #0c1333dc
+# %% ../nbs/06_cli.ipynb #f184e6ab
 @command
 def _quantize(
-    run:str, # folder of a run
+    run:str, # folder of a run, or its best.pt
     *,
     p:list=None, # name=value, any of the parameters below; may be repeated
     resume:bool=False, # continue an interrupted quantization-aware training
@@ -137,6 +137,8 @@ def _quantize(
     agreement:bool=False, # only tell how exactly the simulator follows, tensor by tensor; takes minutes
 ):
     "Calibrate, train on in INT8, compile and simulate the model of a run"
+    if sensitivity and agreement: raise InputError('--sensitivity and --agreement: one at a time')
+    if Path(run).suffix == '.pt': run = str(Path(run).parent)
     wrong = [word for word in p or [] if word.split('=')[0] in TRAINED]
     if wrong: raise InputError(f'parameter {wrong[0]!r}: of the training, which is over; train anew to change it')
     settings = run_config(None, run, run, p)
@@ -159,10 +161,10 @@ def _quantize(
     try: print(f'report: {write_report(run, load_data(settings)[1])}')
     except InputError as error: warnings.warn(f'no report: {error}')          # of a checkpoint that came without its training
 
-# %% ../nbs/06_cli.ipynb #d3765bda
+# %% ../nbs/06_cli.ipynb #1675c15c
 @command
 def _val(
-    model:str, # best.pt or model.onnx
+    model:str, # best.pt or model.onnx, or the folder of a run for its best.pt
     *,
     data:str, # COCO folder or YOLO data.yaml
     split:str='val', # train, val or test
@@ -210,7 +212,7 @@ def _export(
     size = parse_size(input_size or known['input_size'])
     print(f"wrote {export_onnx(model, out, known['class_names'], size)}")
 
-# %% ../nbs/06_cli.ipynb #11fcb3d5
+# %% ../nbs/06_cli.ipynb #9fd9b402
 @command
 def _bench(
     model:str, # .onnx file with one image input of fixed size
@@ -222,13 +224,13 @@ def _bench(
     "Compile any ONNX detector and estimate its time"
     from yolov9001.rk3588_bench import bench, bench_board
     if ',' in target and board: raise InputError(f'target {target}: several; give the one of the board')
-    numbers = bench_board(model, board, target) if board else [bench(model, chip).metrics() for chip in target.split(',')]
+    numbers = bench_board(model, board, target) if board else [bench(model, chip.strip()).metrics() for chip in target.split(',')]
     if not board and len(numbers) == 1: numbers = numbers[0]
     print_json(data=numbers)
     if json: write_json(numbers, json)
     print('estimated milliseconds come from the compiler, they are no measurement')
 
-# %% ../nbs/06_cli.ipynb #89b155b5
+# %% ../nbs/06_cli.ipynb #67261e5b
 @command
 def _compare(*,
     data:str, # COCO folder or YOLO data.yaml
@@ -246,10 +248,11 @@ def _compare(*,
     from yolov9001.compare import Budget, compare, summarize
     from yolov9001.data import parse_size
     if not all(seed.isdigit() for seed in seeds.split(',')): raise InputError(f'seeds {seeds!r}: write numbers with commas')
-    names = [RunConfig().model if name == 'ours' else name for name in models.split(',')]
+    names = [RunConfig().model if name == 'ours' else name for name in map(str.strip, models.split(','))]
     parse_size(input_size)
     budget = Budget(data, input_size, epochs, batch_size, split, calibration)
     rows = compare(names, [int(seed) for seed in seeds.split(',')], budget, out)
-    if json: write_json(rows.to_dict('records'), json)
+    if json:
+        with write_whole(json) as temporary: rows.to_json(temporary, orient='records', indent=2)
     print(summarize(rows).round(2).to_string())
     print(f'wrote {out}/compare.json and {out}/compare.png; milliseconds are estimates')

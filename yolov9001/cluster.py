@@ -44,18 +44,20 @@ class Plan:
         "Whether there is nothing to distribute"
         return self.devices == 1 and not self.hosts
 
-# %% ../nbs/02a_cluster.ipynb #a822b62e
+# %% ../nbs/02a_cluster.ipynb #cf9d9cb1
 def count_devices(
     wanted:str='auto', # auto, or a number
+    device:str='auto', # of the run: auto or cuda for all GPUs, else one
 )->int: # raises `InputError` where the machine has fewer GPUs
     "Devices of this host to use"
     gpus = torch.cuda.device_count()
-    if wanted == 'auto': return max(1, gpus)
+    if wanted == 'auto': return max(1, gpus) if device in ('auto', 'cuda') else 1
     if not str(wanted).isdecimal() or int(wanted) < 1: raise InputError(f'devices {wanted!r}: not a number; use auto, 1, 2, ...')
+    if int(wanted) > 1 and ':' in device: raise InputError(f'device {device}: one GPU for {wanted} processes; use device=auto')
     if 0 < gpus < int(wanted): raise InputError(f'devices {wanted}: this host has {gpus} GPUs; use auto')
     return int(wanted)
 
-# %% ../nbs/02a_cluster.ipynb #138244c7
+# %% ../nbs/02a_cluster.ipynb #cf50b8fc
 def own_addresses()->dict: # IPv4 or IPv6 address -> interface
     "Addresses of this machine"
     return {a.address.split('%')[0]: name for name, addresses in psutil.net_if_addrs().items() for a in addresses if a.family.name in ('AF_INET', 'AF_INET6')}
@@ -64,10 +66,11 @@ def make_plan(
     devices:str='auto', # processes a host: auto or a number
     hosts:str='', # addresses of all hosts with commas or newlines between them; SkyPilot's list if empty; none for one host
     address:str='', # of this host, found in `hosts` if empty
+    device:str='auto', # as `count_devices` takes it
 )->Plan: # raises `InputError` where list and machine do not fit
     "Decide who takes part and where they meet"
     known = tuple((hosts or os.environ.get('SKYPILOT_NODE_IPS', '')).replace(',', ' ').split())
-    if len(known) < 2: return Plan(count_devices(devices))
+    if len(known) < 2: return Plan(count_devices(devices, device))
     if len(set(known)) < len(known): raise InputError(f"hosts {','.join(known)}: one is named twice; name each once")
     own = own_addresses()
     mine = [host for host in known if host in own]
@@ -75,7 +78,7 @@ def make_plan(
     if not address and len(mine) != 1: raise InputError(f"hosts {','.join(known)}: this machine has {len(mine)} of them; give --address")
     address = address or mine[0]
     if address not in own: raise InputError(f"address {address}: this machine has {', '.join(own)}; run the command on the host itself")
-    return Plan(count_devices(devices), known, address, own[address])
+    return Plan(count_devices(devices, device), known, address, own[address])
 
 # %% ../nbs/02a_cluster.ipynb #9c701e97
 def torchrun_words(
@@ -100,7 +103,7 @@ def torchrun_environment(
     if plan.hosts: own |= dict(GLOO_SOCKET_IFNAME=plan.interface, NCCL_SOCKET_IFNAME=plan.interface)
     return own | dict(os.environ)
 
-# %% ../nbs/02a_cluster.ipynb #597a9873
+# %% ../nbs/02a_cluster.ipynb #9cb7e84a
 def _exit_code(process, refused):
     "What torchrun ended with; a refusal ends it, or it would start the processes again"
     while process.poll() is None and not refused(): time.sleep(.2)
@@ -128,7 +131,9 @@ def survive(
             if not left: raise InputError(f'training ended {attempts} times in a row without a new checkpoint (exit code {process.returncode}); see the messages above')
             print(f'torchrun ended with exit code {process.returncode}; {left} attempts left, the next in {pause:.0f} s', file=sys.stderr, flush=True)
             time.sleep(pause)
-    finally: signal.signal(signal.SIGTERM, before)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if process and process.poll() is None: process.terminate(); process.wait()      # Ctrl-C that reached this process alone
 
 # %% ../nbs/02a_cluster.ipynb #20cf5e5e
 def launch(

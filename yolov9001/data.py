@@ -152,7 +152,7 @@ def _clip(boxes, limits, names, skipped):
     skipped['box clipped to its image'] += names[usable & (abs(clipped - boxes) > .5).any(1)].tolist()
     return clipped.astype(np.float32), usable
 
-# %% ../nbs/01a_data.ipynb #0c7058c9
+# %% ../nbs/01a_data.ipynb #eb0cab5b
 def _detection_set(root, split, source, categories, images, rows, skipped):
     "`categories` id -> name, `images` (id, path, height, width), `rows` image position, xyxy, category id, area, crowd"
     rows = np.array(rows, np.float64).reshape(-1, 8)
@@ -167,8 +167,9 @@ def _detection_set(root, split, source, categories, images, rows, skipped):
     skipped = {reason: where for reason, where in skipped.items() if where}
     told = ', '.join(f"{len(where)} x {reason} ({where[0]}{', ...' if len(where) > 1 else ''})" for reason, where in skipped.items())
     if not (rows[:, 7] == 0).any():
+        left = ', '.join(filter(None, [told, f'{len(rows)} x box that marks a crowd' if len(rows) else '']))
         raise InputError(f"{source}: the split {split} has no usable box in {len(images)} images"
-            + (f' (left out: {told})' if told else '') + '; check its images and annotations')
+            + (f' (left out: {left})' if left else '') + '; check its images and annotations')
     if told: warnings.warn(f'{source}: {told}; these are left out or clipped', stacklevel=4)
     order = np.argsort(rows[:, 0], kind='stable')
     parts = np.split(order, np.searchsorted(rows[order, 0], np.arange(1, len(images))))
@@ -180,16 +181,23 @@ def _detection_set(root, split, source, categories, images, rows, skipped):
     return DetectionSet(root, split, [categories[i] for i in ids], ids, records,
                         {reason: len(where) for reason, where in skipped.items()})
 
-# %% ../nbs/01a_data.ipynb #37390b3c
+# %% ../nbs/01a_data.ipynb #b33ceaea
 def _image_size(path):
-    "(height, width) as seen by people, the camera's orientation flag applied; None for what is no image"
+    "(height, width) as stored, and as seen by people, the camera's orientation flag applied; None for what is no image"
     if path is None: return None
     try:
         with Image.open(path) as image:
-            width, height = image.size
+            if image.format == 'JPEG' and not _has_end(path): image.copy().load()
             exif = Image.Image.getexif(image) # the PNG reader's own one would decode every pixel
-            return (width, height) if exif.get(274, 1) >= 5 else (height, width)
+            turned = image.format in ('JPEG', 'PNG') and exif.get(274) in (5, 6, 7, 8)     # OpenCV turns no others
+            return image.size[::-1], image.size if turned else image.size[::-1]
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError): return None
+
+def _has_end(path):
+    "Whether the end mark of JPEG is near the end of a file"
+    with open(path, 'rb') as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 512))
+        return b'\xff\xd9' in file.read()
 
 # %% ../nbs/01a_data.ipynb #60c9f01b
 def _image_sizes(paths):
@@ -230,7 +238,7 @@ def _require_distinct(path, part, values):
     if repeated: raise InputError(f"{path}: {part} hold {repeated[0]!r} more than once; rename or remove one")
     if not values: raise InputError(f"{path}: no {part}; a split needs images and named classes")
 
-# %% ../nbs/01a_data.ipynb #5f3f26cb
+# %% ../nbs/01a_data.ipynb #c6c7319e
 def _load_coco(root, split):
     path = root/'annotations'/f'instances_{split}.json'
     if not path.is_file():
@@ -243,11 +251,10 @@ def _load_coco(root, split):
     images = []
     for row, file, size in zip(content['images'], paths, _image_sizes(paths)):
         annotated = row['height'], row['width']
-        agrees = size and annotated in (size, size[::-1])
         if file is None: skipped['image that is absent'].append(row['file_name'])
         elif size is None: skipped['image that does not decode'].append(row['file_name'])
-        elif not agrees: skipped['image of another size than annotated'].append(row['file_name'])
-        else: images.append((row['id'], file, *(size if annotated == size else size[::-1])))
+        elif annotated not in size: skipped['image of another size than annotated'].append(row['file_name'])
+        else: images.append((row['id'], file, *map(int, annotated)))
     if not any(paths): raise InputError(f"{path}: none of its {len(paths)} images is there, not {folders[0]/content['images'][0]['file_name']} "
                                         f"nor in {folders[1]}; mend each file_name")
     positions = {image[0]: position for position, image in enumerate(images)}
@@ -258,13 +265,14 @@ def _load_coco(root, split):
     categories = {row['id']: str(row['name']) for row in content['categories']}
     return _detection_set(root, split, path, categories, images, rows, skipped)
 
-# %% ../nbs/01a_data.ipynb #86c7d5c9
+# %% ../nbs/01a_data.ipynb #14136992
 def _coco_row(row, position):
     try:
         x, y, width, height = (float(value) for value in row['bbox'])
         area = float(row.get('area') or width*height)
-    except (TypeError, ValueError): x = y = width = height = area = math.nan
-    return position, x, y, x + width, y + height, row['category_id'], area, bool(row.get('iscrowd'))
+        crowd = int(row.get('iscrowd') or 0) == 1
+    except (TypeError, ValueError): x, y, width, height, area, crowd = *[math.nan]*5, False
+    return position, x, y, x + width, y + height, row['category_id'], area, crowd
 
 # %% ../nbs/01a_data.ipynb #2a9714d2
 def _yolo_images(entry, base):
@@ -294,7 +302,7 @@ def _read_yaml(path, split):
         raise InputError(f"{path}: no split {split!r}; the splits there are: {', '.join(there) or 'none'}")
     return content
 
-# %% ../nbs/01a_data.ipynb #2cc77870
+# %% ../nbs/01a_data.ipynb #3421f4f0
 def _yolo_rows(file, position, height, width, skipped):
     "Rows for `_detection_set` from the label file of an image; an image without one shows nothing to detect"
     label = Path('/labels/'.join(str(file).rsplit('/images/', 1))).with_suffix('.txt')
@@ -302,13 +310,21 @@ def _yolo_rows(file, position, height, width, skipped):
     rows = []
     for number, line in enumerate(_read_text(label).split('\n'), 1):
         if not line.strip(): continue
-        try: category, x, y, w, h = (float(value) for value in line.split())
+        try: category, *box, area = _yolo_line(line)
         except ValueError: skipped['label line that is not `class x y width height`'].append(f'{label.name} line {number}')
-        else: rows.append((position, (x - w/2)*width, (y - h/2)*height, (x + w/2)*width, (y + h/2)*height,
-            category, w*width*h*height, 0))
+        else: rows.append((position, *np.multiply(box, (width, height, width, height)).tolist(), category, area*width*height, 0))
     return rows
 
-# %% ../nbs/01a_data.ipynb #a8387caa
+def _yolo_line(line):
+    "Class, xyxy and area, as parts of the image, of a box or of an outline `class x1 y1 x2 y2 x3 y3 ...`; raises `ValueError` for others"
+    category, *values = (float(value) for value in line.split())
+    if len(values) >= 6 and len(values) % 2 == 0:
+        outline = np.float32(values).reshape(-1, 2)
+        return category, *outline.min(0), *outline.max(0), cv2.contourArea(outline)
+    x, y, w, h = values
+    return category, x - w/2, y - h/2, x + w/2, y + h/2, w*h
+
+# %% ../nbs/01a_data.ipynb #8cfbf865
 def _load_yolo(path, split):
     content, skipped = _read_yaml(path, split), defaultdict(list)
     base = path.parent/str(content.get('path') or '')
@@ -319,17 +335,18 @@ def _load_yolo(path, split):
     for file, size in zip(files, _image_sizes(files)):
         if size is None: skipped['image that does not decode' if file.is_file() else 'image that is absent'].append(file.name)
         else:
-            rows += _yolo_rows(file, len(images), *size, skipped)
-            images.append((len(images) + 1, file, *size))
+            _, seen = size
+            rows += _yolo_rows(file, len(images), *seen, skipped)
+            images.append((len(images) + 1, file, *seen))
     return _detection_set(path.parent, split, path, content['names'], images, rows, skipped)
 
-# %% ../nbs/01a_data.ipynb #48b3eefd
+# %% ../nbs/01a_data.ipynb #1edbcaf1
 def load_split(
-    root:str|Path, # a COCO folder (`images/`, `annotations/instances_train.json`), a YOLO `data.yaml` or its folder, or 'digits'
+    root:str|Path, # a COCO folder (`images/`, `annotations/instances_train.json`), a YOLO `data.yaml` or its folder, or 'digits' where that is no folder
     split:str, # train, val or test
 )->DetectionSet: # its bad images and boxes counted in `skipped`, raises `InputError` if the set is broken or empty
     "Load the annotations of a split"
-    root = make_digits(Path('runs')/'digits') if str(root) == 'digits' else Path(root)
+    root = make_digits(Path('runs')/'digits') if str(root) == 'digits' and not Path(root).exists() else Path(root)
     if root.is_file() and root.suffix in ('.yaml', '.yml'): return _load_yolo(root, split)
     if not root.is_dir(): raise InputError(f"{root}: no folder, no .yaml file; give a COCO folder or a YOLO data.yaml")
     if (root/'annotations').is_dir(): return _load_coco(root, split)

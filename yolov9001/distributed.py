@@ -38,13 +38,13 @@ def wants_bfloat16(
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
     return any(capabilities.get(name, False) for name in ('amx_bf16', 'avx512_bf16'))
 
-# %% ../nbs/01e_distributed.ipynb #6fc85eb8
+# %% ../nbs/01e_distributed.ipynb #b00df1ff
 PATIENCE = timedelta(minutes=5)  # a process that does not answer for so long counts as lost
 
 class World:
     "The processes that train together, one a device; torchrun tells each its place"
     def __init__(self,
-        device:str='auto', # auto, cpu, cuda or cuda:N; among several processes each takes its own GPU
+        device:str='auto', # auto or cuda, by which each of several processes takes its own GPU; cpu, or cuda:N
     ):
         place = ('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)
         self.rank, self.size, self.local_rank = (int(os.environ.get(name, alone)) for name, alone in place)

@@ -75,16 +75,17 @@ def layer_ms(
     slowest = ms*np.eye(3)[ms.to_numpy().argmax(axis=1)]
     return slowest.set_axis(['computing', 'moving bytes', 'activation table'], axis=1).assign(launching=_PRICES['launch'])
 
-# %% ../nbs/03a_latency.ipynb #0044a4a8
+# %% ../nbs/03a_latency.ipynb #e2e6ad52
 def estimate_ms(
     layers:pd.DataFrame, # from `parse_layer_table`
     target:str='rk3588', # the chip that the table was compiled for
-)->dict: # estimated_ms, estimated_ms_low, estimated_ms_high; each `None` for a chip that nothing was fitted on
+)->dict: # estimated_ms, estimated_ms_low, estimated_ms_high; each `None` for a chip that nothing was fitted on, the last with layers on the CPU
     "Estimate, not a measurement: time of one inference on one core, within the worst error of the fit"
     names = 'estimated_ms', 'estimated_ms_low', 'estimated_ms_high'
     if target != 'rk3588': return dict.fromkeys(names)
     ms = layer_ms(layers).to_numpy().sum()
-    return dict(zip(names, (float(ms*f) for f in (1, 1 - _WORST_ERROR, 1 + _WORST_ERROR))))
+    estimate = dict(zip(names, (float(ms*f) for f in (1, 1 - _WORST_ERROR, 1 + _WORST_ERROR))))
+    return estimate | dict(estimated_ms_high=None) if (layers.target == 'CPU').any() else estimate
 
 # %% ../nbs/03a_latency.ipynb #d9dcaa00
 PUBLISHED = {'yolov5n': 82.5, 'yolov5s': 48.4, 'yolov5s_relu': 66.1, 'yolov5m': 20.9, 'yolov6n': 106.4, 'yolov6s': 36.4,

@@ -21,17 +21,17 @@ from yolov9001.evaluate import Detections, coco_metrics
 
 sns = LazyModule('seaborn')
 
-# %% ../nbs/01d_mistakes.ipynb #fbbc97d3
+# %% ../nbs/01d_mistakes.ipynb #a073498c
 KINDS = {'classification': 'right place, wrong class', 'localisation': 'right class, IoU of 0.1 to 0.5', 'both': 'wrong class, IoU of 0.1 to 0.5',
-         'duplicate': 'an object that a better detection has already', 'background': 'no object there', 'missed': 'an object that nothing came near to'}
+         'duplicate': 'an object that a better detection has already', 'background': 'no object there', 'missed': 'an object that no detection meant with the right class or place'}
 
 class Mistakes(NamedTuple):
     "What is wrong with the detections of an image"
-    kind: np.ndarray # (n,) str, a key of `KINDS`, or 'correct', one a detection
+    kind: np.ndarray # (n,) str, one a detection: a key of `KINDS`, 'correct', or 'crowd' for one that COCO does not count
     object: np.ndarray # (n,) row of the object that the detection belongs to or is nearest to, -1 for none
     missed: np.ndarray # (m,) bool, one an object
 
-# %% ../nbs/01d_mistakes.ipynb #d7100622
+# %% ../nbs/01d_mistakes.ipynb #9e0530e8
 def _match(iou, hit):
     "Row of the object that each detection takes, -1 for none: `iou` (n, m), 0 where the class differs"
     taken, free = np.full(len(iou), -1), np.ones(iou.shape[1], bool)
@@ -39,6 +39,13 @@ def _match(iou, hit):
         row = row * free
         if row.size and row.max() > 0: taken[i] = row.argmax(); free[taken[i]] = False
     return taken
+
+def _in_crowd(found, crowds, hit):
+    "Which of the detections lie with at least the part `hit` in a crowd of their class"
+    corners = found.boxes.numpy()[:, None]
+    shared = (np.minimum(corners[..., 2:], crowds[:, 2:4]) - np.maximum(corners[..., :2], crowds[:, :2])).clip(0).prod(-1)
+    part = shared / (corners[..., 2:] - corners[..., :2]).prod(-1).clip(1e-9)
+    return ((part >= hit) & (found.classes.numpy()[:, None] == crowds[:, 4])).any(1)
 
 def sort_mistakes(
     truth:Record, # an image and its objects
@@ -51,15 +58,15 @@ def sort_mistakes(
     same = found.classes.numpy()[:, None] == np.asarray(truth.classes)[None]
     taken = _match(iou * same, hit)
     own, other = ((iou * part).max(1, initial=0) for part in (same, ~same))
-    tests = [taken >= 0, (own >= near) & (own < hit), other >= hit, own >= hit, other >= near]
-    kind = np.select(tests, ['correct', 'localisation', 'classification', 'duplicate', 'both'], 'background')
+    tests = [taken >= 0, _in_crowd(found, truth.crowds, hit), (own >= near) & (own < hit), other >= hit, own >= hit, other >= near]
+    kind = np.select(tests, ['correct', 'crowd', 'localisation', 'classification', 'duplicate', 'both'], 'background')
     nearest = [(iou * part).argmax(1) if iou.size else taken for part in (same, ~same)]
     place = np.where(taken >= 0, taken, np.where(np.isin(kind, ['localisation', 'duplicate']), nearest[0], nearest[1]))
-    place = np.where(kind == 'background', -1, place)
+    place = np.where(np.isin(kind, ['background', 'crowd']), -1, place)
     missed = ~np.isin(np.arange(len(truth.boxes)), place[np.isin(kind, ['correct', 'localisation', 'classification'])])
     return Mistakes(kind, place, missed)
 
-# %% ../nbs/01d_mistakes.ipynb #73bce06b
+# %% ../nbs/01d_mistakes.ipynb #970dd474
 def _mend(truth, found, mistakes, kind):
     "The image and its detections with one kind of mistake put right"
     wrong, keep = mistakes.kind == kind, mistakes.kind != kind
@@ -87,7 +94,7 @@ def mistake_costs(
     for kind in KINDS:
         mended = [_mend(r, detections[r.image_id], m, kind) for r, m in zip(records, mistakes)]
         result = coco_metrics(replace(detection_set, records=[r for r, _ in mended]), {r.image_id: found for r, found in mended})
-        gains[kind] = result.map50 - before
+        gains[kind] = (result.map50 if any(len(r.boxes) for r, _ in mended) else 100.) - before
     return pd.Series({'AP50': before} | gains)
 
 # %% ../nbs/01d_mistakes.ipynb #8b6d36df
@@ -112,7 +119,7 @@ def recall_by_size(
     groups = table.groupby(pd.cut(table.side, SIDES, labels=names), observed=False).found
     return pd.DataFrame({'objects': groups.size(), 'found': 100 * groups.mean()})
 
-# %% ../nbs/01d_mistakes.ipynb #3888ff6d
+# %% ../nbs/01d_mistakes.ipynb #709b528e
 def plot_mistakes(
     costs:pd.DataFrame, # a row a model from `mistake_costs`, its name as index
     sizes:dict, # name -> table from `recall_by_size`
@@ -120,10 +127,10 @@ def plot_mistakes(
     "Costs of mistakes by kind, and recall by size"
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), layout='constrained')
     bars = costs[list(KINDS)].rename_axis('model').reset_index().melt('model', var_name='kind', value_name='AP50')
-    sns.barplot(bars, y='kind', x='AP50', hue='model', ax=left)
+    sns.barplot(bars, y='kind', x='AP50', hue='model', hue_order=[*costs.index], ax=left)
     left.set(xlabel='AP50 that mending it would gain', ylabel='')
     recall = pd.concat([t.rename_axis('side').reset_index().assign(model=name) for name, t in sizes.items()])
     recall['side'] = recall.side.astype(str) + '\n' + recall.objects.astype(str) + ' objects'
-    sns.barplot(recall[recall.objects > 0], x='side', y='found', hue='model', ax=right, legend=False)
+    sns.barplot(recall[recall.objects > 0], x='side', y='found', hue='model', hue_order=[*costs.index], ax=right, legend=False)
     right.set(xlabel='side of the object in pixels of the image', ylabel='found, percent', ylim=(0, 100)); sns.despine(figure)
     return figure

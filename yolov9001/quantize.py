@@ -7,7 +7,7 @@ __all__ = ['CALIBRATIONS', 'FIDELITY_IMAGES', 'Histogram', 'best_high', 'correct
            'weight_ranges', 'plot_fidelity', 'export_qdq', 'DistilledLoss', 'output_distance', 'Student',
            'QuantizedTrainer', 'finetune_config', 'finetune']
 
-# %% ../nbs/03_quantize.ipynb #6879b7da
+# %% ../nbs/03_quantize.ipynb #caac691b
 import copy
 import hashlib
 import operator
@@ -28,11 +28,11 @@ from tqdm.auto import tqdm
 
 from yolov9001.checkpoint import read_checkpoint
 from yolov9001.config import QuantConfig, TrainConfig
-from yolov9001.core import InputError, LazyModule
+from yolov9001.core import OUTPUT_NAMES, InputError, LazyModule
 from yolov9001.loss import DualLoss
 from yolov9001.model import YOLOv9001, write_onnx
 from yolov9001.train import Trainer
-from yolov9001.twin import WEIGHT_LEVEL, QuantConv2d, Quantizer, Register, Twin, node_kind, switch
+from yolov9001.twin import WEIGHT_LEVEL, QuantConv2d, Quantizer, Register, Twin, full_precision, node_kind, switch
 
 sns = LazyModule('seaborn')
 
@@ -93,7 +93,7 @@ def best_high(
     cost, widest = dict(mse=_rounding_error, kl=_divergence)[method], 255 * Quantizer(0., high).scale.item()
     return min((widest / 2**halvings for halvings in range(4)), key=lambda end: cost(centres, counts, end))
 
-# %% ../nbs/03_quantize.ipynb #4825308b
+# %% ../nbs/03_quantize.ipynb #ef3f6940
 @torch.no_grad()
 def correct_biases(
     twin:Twin, # with ranges; in eval mode, switched on
@@ -102,6 +102,7 @@ def correct_biases(
 ):
     "Take the mean error of rounded weights out of the biases"
     means = {conv: [] for conv in twin.modules() if isinstance(conv, QuantConv2d)}
+    for conv in means: conv.shift.zero_()
     hooks = [conv.register_forward_hook(lambda conv, inputs, _: means[conv].append(inputs[0].mean((2, 3)))) for conv in means]
     for batch in images.split(batch_size): twin(batch)
     for hook in hooks: hook.remove()
@@ -175,16 +176,16 @@ def fidelity(
                      255 * module.scale.item(), exact.max().item()))
     return pd.DataFrame(rows, columns=['name', 'snr_db', 'high', 'largest'])
 
-# %% ../nbs/03_quantize.ipynb #b700ad0b
+# %% ../nbs/03_quantize.ipynb #8949cc3e
 def weight_ranges(
     twin:Twin, # any
 )->pd.DataFrame: # name, and the least, median and largest step of its channels times 126
-    "Largest weight of the channels of each convolution"
+    "Range of the weights of each convolution, channel by channel"
     convs = {name.removesuffix('.conv'): module for name, module in twin.graph.named_modules() if isinstance(module, QuantConv2d)}
     rows = [(name, *(WEIGHT_LEVEL * conv.weight_scale().quantile(torch.tensor([0, .5, 1.]))).tolist()) for name, conv in convs.items()]
     return pd.DataFrame(rows, columns=['name', 'least', 'median', 'largest'])
 
-# %% ../nbs/03_quantize.ipynb #2904a660
+# %% ../nbs/03_quantize.ipynb #0b18595e
 def plot_fidelity(
     table:pd.DataFrame, # from `fidelity`
     spread:pd.DataFrame, # from `weight_ranges`
@@ -198,7 +199,7 @@ def plot_fidelity(
     left.set(yscale='log', xlabel='stored tensor', ylabel='activations: range and largest value')
     weights = spread.melt('name', var_name='channel', value_name='value', ignore_index=False)
     sns.lineplot(weights, x=weights.index, y='value', hue='channel', ax=right)
-    right.set(yscale='log', xlabel='convolution', ylabel='largest weight of a channel')
+    right.set(yscale='log', xlabel='convolution', ylabel='weights: range of a channel')
     sns.despine(figure)
     return figure
 
@@ -282,7 +283,7 @@ def output_distance(
         seen = seen + weight.sum()
     return distance / total(seen).clamp(min=1)
 
-# %% ../nbs/03_quantize.ipynb #146ba1f4
+# %% ../nbs/03_quantize.ipynb #e2244d1b
 class Student(nn.Module):
     "A twin in training beside its float model"
     def __init__(self,
@@ -297,7 +298,7 @@ class Student(nn.Module):
         images:Tensor, # (B, 3, H, W) RGB pixels 0..255
     )->list[Tensor]: # the six outputs; while training, logits of the twin and then of the float model
         if not self.training: return self.twin(images)
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):    # what is exact in the twin has an exact teacher
+        with torch.no_grad(), full_precision(images.device):    # what is exact in the twin has an exact teacher
             wanted = self.teacher[0].to(images.device)(images.float())
         return self.twin(images) + wanted
 
@@ -305,7 +306,7 @@ class Student(nn.Module):
         "What is evaluated and exported"
         return copy.deepcopy(self.twin).eval()
 
-# %% ../nbs/03_quantize.ipynb #ebc5066e
+# %% ../nbs/03_quantize.ipynb #086d132f
 class QuantizedTrainer(Trainer):
     "Quantization-aware training from a float model"
     format = 'yolov9001-int8'
@@ -317,7 +318,7 @@ class QuantizedTrainer(Trainer):
         distillation:float=1., # weight of the distance to the float model
     ):
         self.student, digest = Student(twin, model), hashlib.sha256(str(distillation).encode())
-        for tensor in twin.state_dict().values(): digest.update(tensor.cpu().numpy().tobytes())
+        for name, tensor in sorted(twin.state_dict().items()): digest.update(name.encode() + tensor.cpu().numpy().tobytes())
         self.origin = digest.hexdigest()                    # weights, ranges and distillation that it begins from
         super().__init__(config)
         self.loss = DistilledLoss(distillation, self.world.total)

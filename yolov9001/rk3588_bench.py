@@ -49,7 +49,7 @@ class OnnxFile:
     outputs:list   # names of the outputs, in order
     quantized:bool # holds QuantizeLinear nodes, that is its own INT8 scales
 
-# %% ../nbs/04_rk3588_bench.ipynb #5f5aad92
+# %% ../nbs/04_rk3588_bench.ipynb #efaec72f
 def read_onnx(
     path:str|Path, # an ONNX detector with one image input of fixed height and width
 )->OnnxFile: # raises `InputError` for what the compiler cannot take
@@ -68,6 +68,7 @@ def read_onnx(
     if shape[0] not in (1, '?') or inputs[0].type.tensor_type.elem_type != onnx.TensorProto.FLOAT:
         found = f"{'x'.join(map(str, shape))} of {onnx.helper.tensor_dtype_to_np_dtype(inputs[0].type.tensor_type.elem_type)}"
         raise InputError(f"{path}: input {inputs[0].name} is {found}; export it for one image of float32")
+    if shape[1] not in (1, 3): raise InputError(f"{path}: input {inputs[0].name} is {'x'.join(map(str, shape))}; export it as 1x3xHxW, colours first")
     return OnnxFile(path, inputs[0].name, tuple(shape[1:]), [o.name for o in graph.output],
                     any(n.op_type == 'QuantizeLinear' for n in graph.node))
 
@@ -312,15 +313,16 @@ def simulate(self:Npu,
 @patch
 def __call__(self:Npu, images): return self.simulate(images)
 
-# %% ../nbs/04_rk3588_bench.ipynb #b46ff18a
+# %% ../nbs/04_rk3588_bench.ipynb #b6dff18c
 def simulate_file(
     path:str|Path,    # ONNX file, as `Npu.compile_onnx` takes it
     images,           # as `Npu.simulate` takes them
     calibration=None, # as `Npu.compile_onnx` takes it
+    target:str='rk3588', # one of `TARGETS`
 )->list: # one float32 array per ONNX output
     "What the NPU would answer, by a compilation that is not kept"
     with TemporaryDirectory() as folder, Npu() as npu:
-        npu.compile_onnx(path, Path(folder)/'model.rknn', calibration=calibration)
+        npu.compile_onnx(path, Path(folder)/'model.rknn', target, calibration)
         return npu(images)
 
 # %% ../nbs/04_rk3588_bench.ipynb #40c724f0
@@ -350,7 +352,7 @@ def mixed_outputs(
                      f'in INT8 its scores keep {levels} of 256 levels; split it into outputs of their own')
     return lines
 
-# %% ../nbs/04_rk3588_bench.ipynb #8c1c13ff
+# %% ../nbs/04_rk3588_bench.ipynb #9c4f56d2
 def bench(
     onnx_path:str|Path,           # any ONNX detector with one image input of fixed size
     target:str='rk3588',          # one of `TARGETS`
@@ -363,6 +365,8 @@ def bench(
     if noise: calibration = random_calibration(onnx_file)
     with TemporaryDirectory() as folder, Npu() as npu:
         compiled = npu.compile_onnx(onnx_path, rknn_path or Path(folder)/'model.rknn', target, calibration)
+    on_cpu = int((compiled.layers.target == 'CPU').sum())
+    if on_cpu: warnings.warn(f'{onnx_path}: {on_cpu} layers on the CPU, which the estimate has no price for: it will take longer', stacklevel=2)
     if not onnx_file.quantized:
         for line in mixed_outputs(onnx_path, calibration): warnings.warn(line, stacklevel=2)
     return replace(compiled, calibration='random') if noise else compiled

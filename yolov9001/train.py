@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_data', 'Trainer', 'on_terminate', 'predictor', 'prepare', 'train']
 
-# %% ../nbs/02_train.ipynb #99dad68a
+# %% ../nbs/02_train.ipynb #e2ca3293
 import math
 import os
 import signal
@@ -27,15 +27,15 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .augment import Augmentation, EpochSampler, TrainSet, collate
-from .checkpoint import RUN_FILES, begin_from, check_classes, clear_run, progress, read_checkpoint, write_checkpoint
-from .config import TrainConfig, check_same, check_values
+from .checkpoint import RUN_FILES, begin_from, check_classes, check_folder, clear_run, progress, read_state, write_checkpoint
+from .config import OPTIMIZERS, TrainConfig, check_same, check_values
 from .core import InputError, write_whole
 from .data import load_split, parse_size
 from .distributed import World, synchronize_batchnorm, wants_bfloat16
 from .evaluate import Evaluation, coco_metrics, detect_all
 from .loss import DualLoss
 from .model import YOLOv9001
-from .optimize import EMA, OPTIMIZERS, learning_rate, make_optimizer
+from .optimize import EMA, learning_rate, make_optimizer
 
 # %% ../nbs/02_train.ipynb #0a08aa88
 def load_data(
@@ -79,16 +79,17 @@ def build(self:Trainer
     if not self.config.auxiliary_weight: model.auxiliary = None
     return model
 
-# %% ../nbs/02_train.ipynb #2a066e3d
+# %% ../nbs/02_train.ipynb #e84815f4
 @patch
 def make_loader(self:Trainer
 )->DataLoader: # of this process's share of each batch
     "The training images, loaded by workers and in an order that `sampler` decides"
     c = self.config
-    augmentation = Augmentation(c.mosaic, c.scale, c.translate, c.hue, c.saturation, c.value, c.flip)
-    items = TrainSet(self.train, self.size, augmentation, c.seed, c.epochs - min(c.close_mosaic, c.epochs // 5))
-    self.sampler = EpochSampler(len(items), c.batch_size, c.seed, self.world.rank, self.world.size)
+    augmentation = Augmentation(c.mosaic, c.scale, c.translate, c.hue, c.saturation, c.value, c.flip, c.flip_vertical)
     workers = c.workers if c.workers >= 0 else 4 * (self.device.type == 'cuda')
+    readers = max(1, workers) * int(os.environ.get('LOCAL_WORLD_SIZE', 1))     # processes of this host that keep images
+    items = TrainSet(self.train, self.size, augmentation, c.seed, c.epochs - min(c.close_mosaic, c.epochs // 5), 4e9 / readers)
+    self.sampler = EpochSampler(len(items), c.batch_size, c.seed, self.world.rank, self.world.size)
     return DataLoader(items, batch_sampler=self.sampler, num_workers=workers, collate_fn=partial(collate, size=self.size),
                       persistent_workers=workers > 0, pin_memory=self.device.type == 'cuda')
 
@@ -239,7 +240,7 @@ def save(self:Trainer,
         format=self.format, model=self.config.model, class_names=self.train.class_names, input_size=f'{self.size[0]}x{self.size[1]}',
         epoch=self.epoch, weights=self.ema.model.state_dict(), **training))
 
-# %% ../nbs/02_train.ipynb #7277d109
+# %% ../nbs/02_train.ipynb #65807327
 @patch
 def average_statistics(self:Trainer):
     "Give all processes the mean of their BatchNorm statistics"
@@ -253,27 +254,24 @@ def average_statistics(self:Trainer):
 def save_state(self:Trainer):
     "Write `last.pt` with everything that `resume` needs, and `history.csv`; all processes take part"
     self.average_statistics()
-    random = torch.stack(self.world.gather(torch.get_rng_state()))
     if not self.writes: return
-    self.save('last.pt', state=dict(
-        config=asdict(self.config), model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), random=random, batch=self.batch,
-        sums=self.sums, updates=self.ema.updates, seconds=self.seconds, history=self.history, best=self.best))
     with write_whole(self.out/'history.csv') as temporary: pd.DataFrame(self.history).to_csv(temporary, index=False)
+    self.save('last.pt', state=dict(
+        config=asdict(self.config), model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), batch=self.batch,
+        sums=self.sums, updates=self.ema.updates, seconds=self.seconds, history=self.history, best=self.best))
 
-# %% ../nbs/02_train.ipynb #0b06743b
+# %% ../nbs/02_train.ipynb #4451995b
 @patch
 def resume(self:Trainer):
     "Continue from `last.pt` as if never stopped; raises `InputError` where the configuration or the classes differ"
     path = self.out/'last.pt'
-    checkpoint = read_checkpoint(path, self.format)
-    if 'state' not in checkpoint: raise InputError(f'{path}: holds no training state; train anew in another folder')
+    checkpoint = read_state(path, self.format)
     check_classes(path, checkpoint['class_names'], self.config.data, self.train.class_names)
     state = checkpoint['state']
     check_same(path, state['config'], asdict(self.config))
     self.ema.model.load_state_dict(checkpoint['weights'])
     self.model.load_state_dict(state['model'])
     self.optimizer.load_state_dict(state['optimizer'])
-    if self.world.rank < len(state['random']): torch.set_rng_state(state['random'][self.world.rank].clone())  # a view crashes it
     self.epoch, self.batch, self.sums, self.ema.updates = checkpoint['epoch'], state['batch'], state['sums'], state['updates']
     self.seconds, self.history, self.best = state['seconds'], state['history'], state['best']
 
@@ -322,22 +320,19 @@ def begin(self:Trainer):
     self.ema.model.load_state_dict(self.model.state_dict())
     if self.world.rank == 0: tqdm.write(f"begins from {self.config.weights}; classes that begin anew: {', '.join(anew) or 'none'}")
 
-# %% ../nbs/02_train.ipynb #b9eb555c
+# %% ../nbs/02_train.ipynb #aa8ef0c0
 def prepare(
     config:TrainConfig, # of the run
     resume:bool=False, # continue the run in `config.out`
     overwrite:bool=False, # start anew although there is one
 )->Trainer: # whose `fit` does the rest; raises `InputError` for a run that is there and neither continued nor overwritten
     "Everything of a training before its first step"
-    last = Path(config.out)/'last.pt'
-    if last.exists() and not (resume or overwrite):
-        raise InputError(f'{config.out}: already holds a run; choose another --out, or --resume, or --overwrite')
+    check_folder(config.out, resume, overwrite)
     trainer = Trainer(config)
     if resume: trainer.share_newest()
-    resume = resume and last.exists()
-    if resume: trainer.resume()
+    if resume and (trainer.out/'last.pt').exists(): trainer.resume()
     elif config.weights: trainer.begin()
-    if overwrite and not resume and trainer.writes: clear_run(trainer.out)
+    if overwrite and trainer.writes: clear_run(trainer.out)
     return trainer
 
 # %% ../nbs/02_train.ipynb #a2ae8fca

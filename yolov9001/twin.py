@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['WEIGHT_LEVEL', 'WEIGHT_STEP_BITS', 'short_step', 'Quantizer', 'Register', 'QuantConv2d', 'node_kind',
-           'stored_tensors', 'register_tensors', 'Twin', 'switch']
+           'stored_tensors', 'register_tensors', 'full_precision', 'Twin', 'switch']
 
-# %% ../nbs/02b_twin.ipynb #69caae8d
+# %% ../nbs/02b_twin.ipynb #848bd481
 import math
 import operator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -85,9 +86,9 @@ class Register(Quantizer):
         if self.observe: self.observe(x)
         return x
 
-# %% ../nbs/02b_twin.ipynb #caa04a3e
+# %% ../nbs/02b_twin.ipynb #7a77289c
 WEIGHT_LEVEL = 126  # largest code; rknn-toolkit2 2.5.0 cannot hold 127 of a QDQ file exactly, see `04_rk3588_bench`
-WEIGHT_STEP_BITS = 5  # products of 15 bits, 5 of the step and 4 of carry fill the 24 bits of float32
+WEIGHT_STEP_BITS = 5  # with products of 15 bits this leaves 4 of the 24 of float32 to sums, whose signs are mixed
 
 class QuantConv2d(nn.Conv2d):
     "Convolution with INT8 weights (per channel, symmetric) and an INT32 bias"
@@ -182,7 +183,15 @@ def register_tensors(
         return users & {'add', 'output'} if kind == 'conv' else kind == 'add' and 'relu' in users
     return [node for node in graph.graph.nodes if unstored(node)]
 
-# %% ../nbs/02b_twin.ipynb #487c2fa9
+# %% ../nbs/02b_twin.ipynb #2bef7698
+@contextmanager
+def full_precision(
+    device:torch.device, # where the computation runs
+):
+    "Compute in float32, with neither autocast nor TF32"
+    with torch.autocast(device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False): yield
+
+# %% ../nbs/02b_twin.ipynb #1095cae2
 class Twin(nn.Module):
     "What the NPU computes of a model, as a module that can be trained; `calibrate` gives it its ranges"
     def __init__(self,
@@ -192,7 +201,7 @@ class Twin(nn.Module):
         self.graph, self.code = _trace(model), Quantizer()
         self.code.scale.fill_(1/255)
         stored, registers = stored_tensors(self.graph), register_tensors(self.graph)
-        for name in set(stored.values()): self.graph.add_submodule(f'levels_{name}', Quantizer())
+        for name in dict.fromkeys(stored.values()): self.graph.add_submodule(f'levels_{name}', Quantizer())     # a set has another order in each process
         for node in registers: self.graph.add_submodule(f'levels_{node.name}', self._register(node, stored))
         for node, name in [*stored.items(), *((node, node.name) for node in registers)]: self._insert(node, f'levels_{name}')
         for conv in [node for node in self.graph.graph.nodes if node_kind(self.graph, node) == 'conv']:
@@ -213,7 +222,7 @@ class Twin(nn.Module):
     def forward(self,
         images:Tensor, # (B, 3, H, W) RGB pixels 0..255
     )->list[Tensor]: # six logits while training, else the six outputs on the grid of 1/255
-        with torch.autocast(images.device.type, enabled=False): logits = self.graph(images.float())
+        with full_precision(images.device): logits = self.graph(images.float())
         return logits if self.training else [self.code(level.sigmoid()) for level in logits]
 
 # %% ../nbs/02b_twin.ipynb #a2457ea4
