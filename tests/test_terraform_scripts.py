@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import zipfile
@@ -147,6 +148,31 @@ def test_coco_that_stays_corrupt_fails(mirror):
 def test_push_names_a_missing_folder():
     result = subprocess.run(['bash', SCRIPTS/'push.sh', 'nobody@192.0.2.1', 'runs/none'], capture_output=True, text=True, timeout=60)
     assert result.returncode == 1 and 'runs/none: no such folder' in result.stderr
+
+
+def test_push_follows_links(tmp_path):
+    "A data set is often a link to a larger disk"
+    repo, disk = tmp_path/'repo', tmp_path/'disk'
+    shutil.copytree(SCRIPTS, repo/'terraform'/'scripts')
+    (disk/'images').mkdir(parents=True)
+    (disk/'images'/'1.jpg').write_text('pixels')
+    (repo/'sets').mkdir()
+    (repo/'sets'/'whole').symlink_to(disk)
+    (repo/'sets'/'parts').mkdir()
+    (repo/'sets'/'parts'/'1.jpg').symlink_to(disk/'images'/'1.jpg')
+    (repo/'sets'/'empty').mkdir()
+    ssh = tmp_path/'bin'/'ssh'
+    ssh.parent.mkdir()
+    ssh.write_text('#!/bin/bash\ncase "$*" in *"tar -xzf"*) cat >"$SENT" ;; *tee*) cat >/dev/null ;; esac\n')
+    ssh.chmod(0o755)
+    subprocess.run(['git', 'init', '-q', repo], check=True)
+    environment = os.environ | dict(PATH=f"{ssh.parent}:{os.environ['PATH']}", SENT=str(tmp_path/'sent.tgz'), NAMES='')
+    push = lambda *folders: subprocess.run(['bash', repo/'terraform/scripts/push.sh', 'u@h', *folders], capture_output=True, text=True, env=environment, timeout=60)
+    result = push('sets/whole', 'sets/parts')
+    assert result.returncode == 0, result.stderr
+    with tarfile.open(tmp_path/'sent.tgz') as sent: members = {member.name: member.isreg() for member in sent}
+    assert members['sets/whole/images/1.jpg'] and members['sets/parts/1.jpg']
+    assert 'sets/empty: holds no file' in push('sets/empty').stderr
 
 
 def test_dependencies_resolve():

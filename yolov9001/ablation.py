@@ -366,13 +366,18 @@ def worth(
     return long.groupby('change', sort=False).agg(float=('float', 'mean'), int8=('int8', 'mean'), loss=('loss', 'mean'), difference=('difference', 'mean'),
                                                   least=('difference', 'min'), largest=('difference', 'max'), seeds=('seed', 'count'))
 
-# %% ../nbs/03b_ablation.ipynb #c4779609
+# %% ../nbs/03b_ablation.ipynb #1d15da8c
 def plot_worth(
     table:pd.DataFrame, # from `worth`
 )->plt.Figure:
-    "AP in float and in INT8 of each change"
-    bars = table.rename_axis('change').reset_index().melt('change', ['float', 'int8'], 'form', 'AP')
-    figure, axis = plt.subplots(figsize=(8, 1 + .35*len(table)), layout='constrained')
-    sns.barplot(bars, y='change', x='AP', hue='form', ax=axis)
-    axis.set(xlabel='AP50-95', ylabel=''); sns.despine(figure)
+    "What each change gains or loses in INT8, with its least and largest seed"
+    table = table.drop('ours', errors='ignore')
+    places = range(len(table))
+    figure, axis = plt.subplots(figsize=(8, 1 + .28*len(table)), layout='constrained')
+    axis.axvline(0, color='0.8')
+    axis.hlines(places, table.least, table.largest)
+    axis.scatter(table.difference, places, zorder=3)
+    axis.set_yticks(places, [f'{change} ({row.seeds})' for change, row in table.iterrows()])
+    axis.invert_yaxis()
+    axis.set(xlabel='AP50-95 in INT8, against ours of the same seeds: mean, least and largest (seeds)'); sns.despine(figure)
     return figure

@@ -88,7 +88,7 @@ def layer_agreement(
             rows.append((name, shares.get(0, 0.), shares.loc[-1:1].sum(), abs(shares.index).max()))
     return pd.DataFrame(rows, columns=['name', 'equal', 'within_one', 'largest'])
 
-# %% ../nbs/03c_agreement.ipynb #9e1a9237
+# %% ../nbs/03c_agreement.ipynb #49f00a13
 def plot_agreement(
     shares:pd.Series, # from `code_differences`
     layers:pd.DataFrame|None=None, # from `layer_agreement`
@@ -100,7 +100,7 @@ def plot_agreement(
     axes[0, 0].set(yscale='log', ylim=(.001, 200), xlabel='difference of output codes', ylabel='% of all codes')
     if layers is not None:
         long = (100 * layers[['equal', 'within_one']]).melt(var_name='codes', value_name='% of codes', ignore_index=False)
-        sns.lineplot(long, x=long.index, y='% of codes', hue='codes', marker='o', ax=axes[0, 1])
+        sns.lineplot(long, x=long.index, y='% of codes', hue='codes', style='codes', markers=True, ax=axes[0, 1])
         axes[0, 1].set(xlabel='stored tensor, from the stem to the heads', ylim=(None, 100.5))
     sns.despine(figure)
     return figure

@@ -95,16 +95,18 @@ def decode(
     keep = order[suppress(boxes[order], classes[order], iou, max_detections)]
     return boxes[keep], scores[keep], classes[keep]
 
-# %% ../nbs/04c_board.ipynb #eb0981c6
+# %% ../nbs/04c_board.ipynb #95a04a19
 class LiteRuntime:
     "One NPU core of the board, by rknn-toolkit-lite2"
     def __init__(self,
         path:str, # the .rknn
         core:int=0, # 0, 1 or 2
     ):
-        from rknnlite.api import RKNNLite
+        try: from rknnlite.api import RKNNLite
+        except ImportError: raise RuntimeError('rknnlite: not installed; pip install rknn-toolkit-lite2') from None
+        if not Path(path).is_file(): raise RuntimeError(f'{path}: no such file; give the model.rknn of a run')
         self.rknn = RKNNLite()
-        if self.rknn.load_rknn(path): raise RuntimeError(f'{path}: cannot be loaded; compile it for this chip')
+        if self.rknn.load_rknn(path): raise RuntimeError(f'{path}: cannot be loaded; compile it for this chip, by a toolkit that is not newer than librknnrt.so')
         if self.rknn.init_runtime(core_mask=1 << core): raise RuntimeError(f'NPU core {core}: cannot be used; try fewer --cores')
 
     def run(self,
@@ -119,7 +121,7 @@ class LiteRuntime:
         "Let the core go"
         self.rknn.release()
 
-# %% ../nbs/04c_board.ipynb #fc725f6d
+# %% ../nbs/04c_board.ipynb #1ea27a5a
 def read_frames(
     source:str, # an image, a folder of images, or the number of a camera
 ): # yields (name, (height, width, 3) uint8 RGB); raises `ValueError` where there is nothing to read
@@ -135,10 +137,11 @@ def read_frames(
     if not Path(source).exists(): raise ValueError(f'{source}: no such file or folder')
     files = sorted(Path(source).iterdir()) if Path(source).is_dir() else [Path(source)]
     files = [file for file in files if file.suffix.lower() in ('.jpg', '.jpeg', '.png', '.bmp', '.webp')]
-    if not files: raise ValueError(f'{source}: no image there')
+    if not files: raise ValueError(f'{source}: no image there (folders in it are not searched)')
     for file in files:
         image = cv2.imread(str(file))
-        if image is not None: yield file.name, cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+        if image is None: print(f'board: {file}: does not decode, skipped', file=sys.stderr)
+        else: yield file.name, cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 # %% ../nbs/04c_board.ipynb #6f6bc83c
 def _process(runtime, fitter, image, confidence):
@@ -204,12 +207,14 @@ def latency(
         numbers.update({f'{stage}_ms{suffix}': float(ms) for stage, ms in zip((*STAGES, 'total'), np.percentile(times, part, axis=0))})
     return numbers
 
-# %% ../nbs/04c_board.ipynb #a58cf456
+# %% ../nbs/04c_board.ipynb #b1820642
 def read_size(
-    text:str, # '320', or '480x640' (height first)
+    text:str, # '320', or '480x640' (height first), multiples of 32
 )->tuple: # (height, width)
     "An input size as a user writes it"
-    sides = [int(side) for side in text.lower().split('x')]
+    sides = [int(side) if side.isdecimal() else 0 for side in text.lower().split('x')]
+    if len(sides) > 2 or any(side == 0 or side % 32 for side in sides):
+        raise argparse.ArgumentTypeError(f'{text}: not a multiple of 32; use one like 320, or 480x640 (height x width)')
     return sides[0], sides[-1]
 
 def run_board(
@@ -232,6 +237,7 @@ def run_board(
     try: found = pipeline.run(islice(images, frames))
     finally:
         for each in runtimes: each.close()
+    if not pipeline.times: raise ValueError(f'{source}: no image that decodes')
     return {**latency(pipeline, min(warmup, len(pipeline.times)//2)), 'model': Path(model).name, 'input_size': f'{size[0]}x{size[1]}'}, found
 
 # %% ../nbs/04c_board.ipynb #d4b012b4

@@ -212,7 +212,7 @@ def _export(
     size = parse_size(input_size or known['input_size'])
     print(f"wrote {export_onnx(model, out, known['class_names'], size)}")
 
-# %% ../nbs/06_cli.ipynb #9fd9b402
+# %% ../nbs/06_cli.ipynb #fd3fbf96
 @command
 def _bench(
     model:str, # .onnx file with one image input of fixed size
@@ -223,14 +223,16 @@ def _bench(
 ):
     "Compile any ONNX detector and estimate its time"
     from yolov9001.rk3588_bench import bench, bench_board
-    if ',' in target and board: raise InputError(f'target {target}: several; give the one of the board')
-    numbers = bench_board(model, board, target) if board else [bench(model, chip.strip()).metrics() for chip in target.split(',')]
+    if board and ',' in target: raise InputError(f'target {target}: several; give the one of the board')
+    chips = [chip.strip() for chip in target.split(',')]
+    if not all(chips): raise InputError(f'target {target!r}: an empty name between the commas')
+    numbers = bench_board(model, board, target) if board else [bench(model, chip).metrics() for chip in chips]
     if not board and len(numbers) == 1: numbers = numbers[0]
     print_json(data=numbers)
     if json: write_json(numbers, json)
     print('estimated milliseconds come from the compiler, they are no measurement')
 
-# %% ../nbs/06_cli.ipynb #67261e5b
+# %% ../nbs/06_cli.ipynb #e7574905
 @command
 def _compare(*,
     data:str, # COCO folder or YOLO data.yaml
@@ -247,7 +249,7 @@ def _compare(*,
     "Train or take models, measure them in float and INT8 by the same code, one table and one picture"
     from yolov9001.compare import Budget, compare, summarize
     from yolov9001.data import parse_size
-    if not all(seed.isdigit() for seed in seeds.split(',')): raise InputError(f'seeds {seeds!r}: write numbers with commas')
+    if not all(seed.isdecimal() for seed in seeds.split(',')): raise InputError(f'seeds {seeds!r}: write numbers with commas')
     names = [RunConfig().model if name == 'ours' else name for name in map(str.strip, models.split(','))]
     parse_size(input_size)
     budget = Budget(data, input_size, epochs, batch_size, split, calibration)

@@ -6,7 +6,7 @@
 __all__ = ['measure', 'Budget', 'resolve_decode', 'split_model', 'obtain', 'model_name', 'given_file', 'compare_one', 'read_rows',
            'summarize', 'plot_comparison', 'check_model', 'check_comparison', 'compare']
 
-# %% ../nbs/04a_compare.ipynb #dd186fbb
+# %% ../nbs/04a_compare.ipynb #ad2a18bb
 import hashlib
 import json
 import os
@@ -24,7 +24,7 @@ import onnx
 import pandas as pd
 
 from yolov9001.checkpoint import check_classes, load_model
-from yolov9001.config import TrainConfig
+from yolov9001.config import TrainConfig, check_values
 from yolov9001.core import InputError, LazyModule, write_json, write_whole
 from yolov9001.data import DetectionSet, load_split, sample_images
 from yolov9001.evaluate import decode, evaluate, read_metadata, runtime_predictor
@@ -210,7 +210,7 @@ def check_model(
     elif model not in CONFIGS and model.removesuffix('_relu') not in peer_names():
         raise InputError(f"{model}: neither one of {', '.join(CONFIGS)} nor a detector of ultralytics")
 
-# %% ../nbs/04a_compare.ipynb #32920b7a
+# %% ../nbs/04a_compare.ipynb #749e042d
 def check_comparison(
     models:list, # as `obtain` takes them
     budget:Budget, # of the comparison
@@ -219,9 +219,11 @@ def check_comparison(
     "Raise `InputError` for what would fail after hours, or end in one table with something else"
     if toolkit_version() is None: Npu().close()  # tells how to install it
     for split in ('train', 'val', budget.split): load_split(budget.data, split)
+    check_values(TrainConfig(epochs=budget.epochs, batch_size=budget.batch_size))
     if budget.calibration < 1: raise InputError(f'calibration {budget.calibration}: must be at least 1')
     names = [model_name(model) for model in models]
     for model, name in zip(models, names):
+        if not name: raise InputError('models: an empty name between the commas')
         if names.count(name) > 1: raise InputError(f'{model}: another model is called {name} too; give the file another name')
     for split in ('train', 'val', 'test'):
         for file in sorted(Path(out).glob(f'*/{split}.json')): _read_row(file, asdict(replace(budget, split=split)))

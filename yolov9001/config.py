@@ -110,10 +110,10 @@ def config_of_notebook(
         if near: raise InputError(f'parameter {name!r}: unknown; did you mean {near[0]}?')
     return make_config(kind, {name: variables[name] for name in known})
 
-# %% ../nbs/01f_config.ipynb #68546300
+# %% ../nbs/01f_config.ipynb #62bedade
 _LEAST = dict(epochs=1, batch_size=1, device_batch=0, save_every=1, evaluate_every=1, close_mosaic=0, seed=0, workers=-1,
               lr=0, weight_decay=0, warmup_epochs=0, auxiliary_weight=0)
-_MOST = dict(final_lr=1, ema_decay=1, mosaic=1, scale=.9, translate=.5, hue=1, saturation=1, value=1, flip=1, flip_vertical=1)  # from 0 on
+_MOST = dict(seed=2**63 - 1, final_lr=1, ema_decay=1, mosaic=1, scale=.9, translate=.5, hue=1, saturation=1, value=1, flip=1, flip_vertical=1)  # from 0 on
 _CHOICES = dict(optimizer=tuple(OPTIMIZERS), precision=('auto', 'float32', 'bfloat16'), sync_batchnorm=('auto', 'yes', 'no'), gradient_bits=(32, 16))
 
 def check_values(

@@ -238,14 +238,16 @@ def _require_distinct(path, part, values):
     if repeated: raise InputError(f"{path}: {part} hold {repeated[0]!r} more than once; rename or remove one")
     if not values: raise InputError(f"{path}: no {part}; a split needs images and named classes")
 
-# %% ../nbs/01a_data.ipynb #c6c7319e
+# %% ../nbs/01a_data.ipynb #cf561154
 def _load_coco(root, split):
-    path = root/'annotations'/f'instances_{split}.json'
+    names = split, f'{split}2017'
+    path, original = (root/'annotations'/f'instances_{name}.json' for name in names)
+    if original.is_file() and not path.is_file(): path = original
     if not path.is_file():
         splits = sorted(p.stem.removeprefix('instances_') for p in path.parent.glob('instances_*.json'))
         raise InputError(f"{path}: missing; the splits there are: {', '.join(splits) or 'none'}")
     content, skipped = _read_coco(path), defaultdict(list)
-    folders = root/'images', root/'images'/split
+    folders = root/'images', *(place/name for place in (root/'images', root) for name in names)
     paths = [next((folder/row['file_name'] for folder in folders if (folder/row['file_name']).is_file()), None)
         for row in content['images']]
     images = []
@@ -340,7 +342,7 @@ def _load_yolo(path, split):
             images.append((len(images) + 1, file, *seen))
     return _detection_set(path.parent, split, path, content['names'], images, rows, skipped)
 
-# %% ../nbs/01a_data.ipynb #1edbcaf1
+# %% ../nbs/01a_data.ipynb #49b59019
 def load_split(
     root:str|Path, # a COCO folder (`images/`, `annotations/instances_train.json`), a YOLO `data.yaml` or its folder, or 'digits' where that is no folder
     split:str, # train, val or test
@@ -351,7 +353,7 @@ def load_split(
     if not root.is_dir(): raise InputError(f"{root}: no folder, no .yaml file; give a COCO folder or a YOLO data.yaml")
     if (root/'annotations').is_dir(): return _load_coco(root, split)
     if (root/'data.yaml').is_file(): return _load_yolo(root/'data.yaml', split)
-    raise InputError(f"{root}: neither annotations/ (COCO) nor data.yaml (YOLO) in it; see the README on your own data")
+    raise InputError(f"{root}: neither COCO, annotations/instances_{split}.json beside images/, nor YOLO, data.yaml, in it; give it one of these forms")
 
 # %% ../nbs/01a_data.ipynb #69fae514
 def _draw_digit(

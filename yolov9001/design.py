@@ -51,7 +51,7 @@ def _costs(compiled):
     return dict(ms=parts.to_numpy().sum()) | parts.sum().to_dict() | dict(
         gmacs=(weights*pixels).sum()/1e9, params=weights.sum()/1e6, layers=len(layers), cpu_layers=metrics['cpu_layers'], float_layers=metrics['float_layers'])
 
-# %% ../nbs/04d_design.ipynb #d30cff47
+# %% ../nbs/04d_design.ipynb #cad03994
 def plot_design(
     table:pd.DataFrame, # from `design_table`
 )->plt.Figure: # two panels: GMACs and parameters against estimated milliseconds
@@ -59,8 +59,9 @@ def plot_design(
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout='constrained')
     for axis, column, label in zip(axes, ('gmacs', 'params'), ('GMACs', 'million parameters')):
         axis.scatter(table.ms, table[column], s=60, color=['#4c72b0' if name in CONFIGS else '#dd8452' for name in table.index])
-        for name, row in table.iterrows(): axis.annotate(name, (row.ms, row[column]), xytext=(6, 4), textcoords='offset points')
-        axis.set(xlabel='estimated ms, one RK3588 core', ylabel=label); axis.margins(x=.2); sns.despine(ax=axis)
+        for i, (_, row) in enumerate(table.iterrows(), 1): axis.annotate(str(i), (row.ms, row[column]), xytext=(4, 3), textcoords='offset points')
+        axis.set(xlabel='estimated ms, one RK3588 core', ylabel=label); axis.margins(x=.1); sns.despine(ax=axis)
+    figure.legend([plt.Line2D([], [], linestyle='')] * len(table), [f'{i} {name}' for i, name in enumerate(table.index, 1)], loc='outside right')
     return figure
 
 # %% ../nbs/04d_design.ipynb #ed9f0ebb

@@ -104,7 +104,7 @@ def count_unmatched(
     partners = (box_iou(one.boxes, other.boxes) >= iou) & (one.classes[:, None] == other.classes[None])
     return int((~partners.any(1)).sum() + (~partners.any(0)).sum())
 
-# %% ../nbs/04b_report.ipynb #b688b37c
+# %% ../nbs/04b_report.ipynb #95b1f720
 PANEL = 550  # pixels of the longer side of an image at most: two beside each other fill the page
 
 def draw_side_by_side(
@@ -119,7 +119,7 @@ def draw_side_by_side(
     panels = [draw_detections(image, record.boxes * scale, record.classes, names)]
     for own in (detections[record.image_id] for detections in found.values()):
         panels.append(draw_detections(image, own.boxes * scale, own.classes, names, own.scores))
-    if len(panels) > 2 and len(panels) * image.shape[1] > 3 * PANEL:                 # in two rows, or nobody can read it
+    if len(panels) > 2 and len(panels) * image.shape[1] > 2.5 * PANEL:                 # in two rows, or nobody can read it
         panels += [np.full_like(image, 255)] * (len(panels) % 2)
         return np.vstack([np.hstack(panels[i:i + 2]) for i in range(0, len(panels), 2)])
     return np.hstack(panels)

@@ -253,7 +253,7 @@ def load_predictor(
     model, checkpoint = load_model(path)
     return predictor(model), checkpoint['class_names'], parse_size(checkpoint['input_size'])
 
-# %% ../nbs/05_workbook.ipynb #59f94cc2
+# %% ../nbs/05_workbook.ipynb #3198d91c
 def list_images(
     source:str|Path, # an image, or a folder of images
 )->list[Path]: # sorted; raises `InputError` where there is none
@@ -261,7 +261,7 @@ def list_images(
     source, suffixes = Path(source), ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
     files = sorted(p for p in source.iterdir() if p.suffix.lower() in suffixes) if source.is_dir() else [source]
     if not files or not files[0].is_file():
-        raise InputError(f"{source}: no image there; give an image or a folder of {', '.join(suffixes)}")
+        raise InputError(f"{source}: no image there (folders in it are not searched); give an image or a folder of {', '.join(suffixes)}")
     return files
 
 # %% ../nbs/05_workbook.ipynb #7a294e18

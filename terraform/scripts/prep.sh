@@ -12,7 +12,9 @@ guard() { # end this host when nothing was written under ROOT for STALL_MINUTES
   cp -r "$here" "$ROOT/scripts.new"
   rm -rf "$ROOT/scripts"
   mv "$ROOT/scripts.new" "$ROOT/scripts"
-  if [[ -f $ROOT/watchdog.pid ]]; then kill "$(cat "$ROOT/watchdog.pid")" 2>/dev/null || true; fi
+  local before
+  before=$(cat "$ROOT/watchdog.pid" 2>/dev/null || true)
+  if grep -qs watchdog.sh "/proc/${before:-none}/cmdline"; then kill "$before"; fi # the number may be another process's after a restart
   setsid bash "$ROOT/scripts/watchdog.sh" "$ROOT" "$STALL_MINUTES minutes" "bash $ROOT/scripts/end_cluster.sh $1" </dev/null >>"$ROOT/watchdog.log" 2>&1 &
   echo $! >"$ROOT/watchdog.pid"
   systemctl stop yolov9001-limit.timer 2>/dev/null || true

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On the user's machine: send what git tracks, and FOLDERS, to the jump host and prepare the data there.
+# On the user's machine: send what git tracks, and FOLDERS, links followed, to the jump host and prepare the data there.
 # Usage: push.sh USER@HOST [FOLDER...], the folders relative to the repository; in the environment NAMES, what prep.sh is told,
 #   and where they differ from the default SSH_KEY, a private key file, ROOT and ENV_FILE, places on the jump host
 set -euo pipefail
@@ -19,11 +19,12 @@ files() { # everything to send, separated by NUL
   local folder
   for folder; do
     [[ -e $folder ]] || die "$folder: no such folder in $PWD; give folders such as runs/train"
-    find "$folder" -type f -print0
+    [[ $(find -L "$folder" -type f -print -quit) ]] || die "$folder: holds no file; give folders with data or a run"
+    find -L "$folder" -type f -print0
   done
 }
 
-send() { files "$@" | tar --null --files-from=- -czf - | on_jump "sudo rm -rf $root/repo && sudo mkdir -p $root/repo && sudo tar -xzf - -C $root/repo --no-same-owner"; }
+send() { files "$@" | tar --null --files-from=- --dereference --hard-dereference -czf - | on_jump "sudo rm -rf $root/repo && sudo mkdir -p $root/repo && sudo tar -xzf - -C $root/repo --no-same-owner"; }
 
 (files "$@") >/dev/null # a missing folder is told before anything is sent
 retry "${ATTEMPTS:-20}" on_jump true
