@@ -60,6 +60,14 @@ def test_full_folder_is_refused(chain):
     assert (folder/'run'/'last.pt').read_bytes() == before
 
 
+def test_another_process_takes_quantization_up_where_it_was(chain):
+    run = chain[0]/'run'
+    before = (run/'qat'/'last.pt').read_bytes()
+    again = command('quantize', run, '--resume')
+    assert again.returncode == 0 and 'begins anew' not in again.stderr, again.stderr
+    assert (run/'qat'/'last.pt').read_bytes() == before         # nothing was left to train
+
+
 def test_stages_alone(chain):
     folder, _ = chain
     run = folder/'run'

@@ -366,7 +366,7 @@ def worth(
     return long.groupby('change', sort=False).agg(float=('float', 'mean'), int8=('int8', 'mean'), loss=('loss', 'mean'), difference=('difference', 'mean'),
                                                   least=('difference', 'min'), largest=('difference', 'max'), seeds=('seed', 'count'))
 
-# %% ../nbs/03b_ablation.ipynb #1d15da8c
+# %% ../nbs/03b_ablation.ipynb #4a29c3cf
 def plot_worth(
     table:pd.DataFrame, # from `worth`
 )->plt.Figure:
@@ -377,7 +377,7 @@ def plot_worth(
     axis.axvline(0, color='0.8')
     axis.hlines(places, table.least, table.largest)
     axis.scatter(table.difference, places, zorder=3)
-    axis.set_yticks(places, [f'{change} ({row.seeds})' for change, row in table.iterrows()])
+    axis.set_yticks(places, [f'{change} ({seeds})' for change, seeds in table.seeds.items()])
     axis.invert_yaxis()
     axis.set(xlabel='AP50-95 in INT8, against ours of the same seeds: mean, least and largest (seeds)'); sns.despine(figure)
     return figure
