@@ -156,7 +156,7 @@ def test_crowds_reach_the_evaluator_only(load):
 
 
 def test_folder_that_is_no_data_set(tmp_path):
-    with pytest.raises(InputError, match=re.escape(str(tmp_path)) + '.*neither annotations/'):
+    with pytest.raises(InputError, match=re.escape(str(tmp_path)) + '.*neither COCO, annotations/instances_train.json'):
         load_split(tmp_path, 'train')
 
 
