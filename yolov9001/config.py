@@ -16,10 +16,10 @@ import yaml
 
 from .core import InputError, write_whole
 
-# %% ../nbs/01f_config.ipynb #71014378
-OPTIMIZERS = {'adamw': dict(lr=.002, weight_decay=.05), 'sgd': dict(lr=.02, weight_decay=5e-4)}
+# %% ../nbs/01f_config.ipynb #11fe8e31
+OPTIMIZERS = {'adamw': dict(lr=.004, weight_decay=.05), 'sgd': dict(lr=.02, weight_decay=5e-4)}
 
-# %% ../nbs/01f_config.ipynb #797a5dcd
+# %% ../nbs/01f_config.ipynb #d7be109c
 @dataclass
 class TrainConfig:
     "What a training depends on, besides the images"
@@ -32,7 +32,7 @@ class TrainConfig:
     batch_size:int = 16             # images a step, of all devices together; yolov9001 train finds the largest for 0
     device_batch:int = 0            # images a device takes at once, the gradients of more add up; 0 for all of its share, or what fits among several processes
     optimizer:str = 'adamw'         # adamw or sgd
-    lr:float = 0.                   # peak learning rate, 0 for the optimizer's own: adamw 0.002, sgd 0.02
+    lr:float = 0.                   # peak learning rate, 0 for the optimizer's own: adamw 0.004, sgd 0.02
     final_lr:float = .01            # learning rate at the end, as a part of `lr`
     weight_decay:float = 0.         # 0 for the optimizer's own: adamw 0.05, sgd 0.0005 (plain L2)
     warmup_epochs:float = 3.        # linear rise of the learning rate, at most a tenth of the run

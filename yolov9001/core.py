@@ -30,7 +30,7 @@ class LazyModule:
 
     def __getattr__(self, attribute): return getattr(importlib.import_module(self._name), attribute)
 
-# %% ../nbs/00a_core.ipynb #98c0c808
+# %% ../nbs/00a_core.ipynb #8fa15639
 @contextmanager
 def write_whole(
     path:str|Path, # the file to write; its folder is made if it is missing
@@ -44,7 +44,7 @@ def write_whole(
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT): raise
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise
         raise InputError(f'{path}: not written ({error.strerror}), an earlier one is whole; make room') from None
     finally: temporary.unlink(missing_ok=True)
 
