@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['code_differences', 'stored_codes', 'cut_file', 'layer_agreement', 'plot_agreement']
 
-# %% ../nbs/03c_agreement.ipynb #00639cb0
+# %% ../nbs/03c_agreement.ipynb #75cce8e2
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +18,7 @@ from onnx.utils import Extractor
 from torch import Tensor, fx
 from tqdm.auto import tqdm
 
-from yolov9001.core import OUTPUT_NAMES, InputError, LazyModule
+from yolov9001.core import InputError, LazyModule
 from yolov9001.twin import Quantizer, Twin
 
 sns = LazyModule('seaborn')

@@ -181,13 +181,13 @@ def _detection_set(root, split, source, categories, images, rows, skipped):
     return DetectionSet(root, split, [categories[i] for i in ids], ids, records,
                         {reason: len(where) for reason, where in skipped.items()})
 
-# %% ../nbs/01a_data.ipynb #b33ceaea
+# %% ../nbs/01a_data.ipynb #9a08c3e0
 def _image_size(path):
     "(height, width) as stored, and as seen by people, the camera's orientation flag applied; None for what is no image"
     if path is None: return None
     try:
         with Image.open(path) as image:
-            if image.format == 'JPEG' and not _has_end(path): image.copy().load()
+            if image.format == 'JPEG' and not _has_end(path): image.load()
             exif = Image.Image.getexif(image) # the PNG reader's own one would decode every pixel
             turned = image.format in ('JPEG', 'PNG') and exif.get(274) in (5, 6, 7, 8)     # OpenCV turns no others
             return image.size[::-1], image.size if turned else image.size[::-1]

@@ -7,7 +7,7 @@ __all__ = ['CALIBRATIONS', 'FIDELITY_IMAGES', 'Histogram', 'best_high', 'correct
            'weight_ranges', 'plot_fidelity', 'export_qdq', 'DistilledLoss', 'output_distance', 'Student',
            'QuantizedTrainer', 'finetune_config', 'finetune']
 
-# %% ../nbs/03_quantize.ipynb #caac691b
+# %% ../nbs/03_quantize.ipynb #3112fe3b
 import copy
 import hashlib
 import operator
@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from yolov9001.checkpoint import read_checkpoint
 from yolov9001.config import QuantConfig, TrainConfig
-from yolov9001.core import OUTPUT_NAMES, InputError, LazyModule
+from yolov9001.core import InputError, LazyModule
 from yolov9001.loss import DualLoss
 from yolov9001.model import YOLOv9001, write_onnx
 from yolov9001.train import Trainer
