@@ -164,20 +164,21 @@ def require_one_type(
     told = '; '.join(f'{host} has {kind}' for host, kind in dict(kinds).items())
     raise InputError(f'hosts of different types: {told}; train on hosts of one type')
 
-# %% ../nbs/02a_cluster.ipynb #fe092c28
+# %% ../nbs/02a_cluster.ipynb #aa71ed6d
 def bytes_per_image(
     model:nn.Module, # in training form
     size:tuple, # height and width of the input
     device:torch.device, # where it trains
+    bfloat16:bool=False, # whether it trains in bfloat16
 )->float: # of activations that the backward pass keeps
     "Memory that one more image of a batch needs"
-    kept = {}
-    def pack(tensor): kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes(); return tensor
-    images = torch.zeros(2, 3, *size, device=device)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor): outputs = model.train()(images)
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    del outputs
-    return sum(count for pointer, count in kept.items() if pointer not in own) / 2
+    def kept(images):
+        storages = {}
+        def pack(tensor): storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes(); return tensor
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outputs = model.train()(torch.zeros(images, 3, *size, device=device))     # alive, or its memory would be used twice
+        return sum(storages.values())
+    return (kept(4) - kept(2)) / 2      # without the weights, which are kept once
 
 # %% ../nbs/02a_cluster.ipynb #3cf61e48
 def free_bytes(
@@ -220,7 +221,7 @@ def agree(
     if images: batch = min(batch, 2 ** max(4, math.floor(math.log2(images / 16))))
     return replace(config, batch_size=batch, device_batch=least, lr=config.lr or scaled_rate(config.optimizer, batch))
 
-# %% ../nbs/02a_cluster.ipynb #f1d12508
+# %% ../nbs/02a_cluster.ipynb #763ca1dc
 def begun(
     config:TrainConfig, # of the run
     world:World, # the processes
@@ -245,7 +246,8 @@ def negotiate(
     if not config.auxiliary_weight: model.auxiliary = None
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     free = free_bytes(world.device, world.gather(host).count(host))
-    fits = fitting_batch(free, bytes_per_image(model, parse_size(config.input_size), world.device), 6 * weights)
+    an_image = bytes_per_image(model, parse_size(config.input_size), world.device, wants_bfloat16(world.device, config.precision))
+    fits = fitting_batch(free, an_image, 6 * weights)
     return agree(config if overwrite else begun(config, world), world.gather(fits), images)
 
 # %% ../nbs/02a_cluster.ipynb #10b7d12c

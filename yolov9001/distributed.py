@@ -21,7 +21,7 @@ from torch import nn
 
 from .core import InputError
 
-# %% ../nbs/01e_distributed.ipynb #cd5619ad
+# %% ../nbs/01e_distributed.ipynb #7f04ee79
 def pick_device(
     name:str='auto', # auto, cpu, cuda or cuda:N
 )->torch.device: # raises `InputError` when the device is not there
@@ -32,8 +32,10 @@ def pick_device(
 
 def wants_bfloat16(
     device:torch.device, # where training runs
-)->bool: # whether autocast to bfloat16 is faster there
-    "Whether the hardware multiplies bfloat16 natively"
+    precision:str='auto', # float32, bfloat16, or auto for what the hardware multiplies natively
+)->bool: # for `torch.autocast`
+    "Whether to train in bfloat16"
+    if precision != 'auto': return precision == 'bfloat16'
     if device.type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
     return any(capabilities.get(name, False) for name in ('amx_bf16', 'avx512_bf16'))
