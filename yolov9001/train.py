@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_data', 'Trainer', 'on_stop', 'predictor', 'prepare', 'train']
 
-# %% ../nbs/02_train.ipynb #e2ca3293
+# %% ../nbs/02_train.ipynb #60c88cec
 import math
 import os
 import signal
@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .augment import Augmentation, EpochSampler, TrainSet, collate
+from .augment import CACHE_BYTES, Augmentation, EpochSampler, TrainSet, collate
 from .checkpoint import RUN_FILES, begin_from, check_classes, check_folder, clear_run, progress, read_state, write_checkpoint
 from .config import OPTIMIZERS, TrainConfig, check_same, check_values
 from .core import InputError, write_whole
@@ -79,7 +79,7 @@ def build(self:Trainer
     if not self.config.auxiliary_weight: model.auxiliary = None
     return model
 
-# %% ../nbs/02_train.ipynb #e84815f4
+# %% ../nbs/02_train.ipynb #c93fa37c
 @patch
 def make_loader(self:Trainer
 )->DataLoader: # of this process's share of each batch
@@ -88,7 +88,7 @@ def make_loader(self:Trainer
     augmentation = Augmentation(c.mosaic, c.scale, c.translate, c.hue, c.saturation, c.value, c.flip, c.flip_vertical)
     workers = c.workers if c.workers >= 0 else 4 * (self.device.type == 'cuda')
     readers = max(1, workers) * int(os.environ.get('LOCAL_WORLD_SIZE', 1))     # processes of this host that keep images
-    items = TrainSet(self.train, self.size, augmentation, c.seed, c.epochs - min(c.close_mosaic, c.epochs // 5), 4e9 / readers)
+    items = TrainSet(self.train, self.size, augmentation, c.seed, c.epochs - min(c.close_mosaic, c.epochs // 5), CACHE_BYTES / readers)
     self.sampler = EpochSampler(len(items), c.batch_size, c.seed, self.world.rank, self.world.size)
     return DataLoader(items, batch_sampler=self.sampler, num_workers=workers, collate_fn=partial(collate, size=self.size),
                       persistent_workers=workers > 0, pin_memory=self.device.type == 'cuda')
