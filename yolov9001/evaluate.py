@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MOST_CANDIDATES', 'PALETTE', 'Detections', 'suppress', 'decode', 'to_results', 'from_results', 'Evaluation',
            'coco_metrics', 'detect_all', 'evaluate', 'Metadata', 'read_metadata', 'bypass_registers',
-           'runtime_predictor', 'onnx_predictor', 'draw_detections']
+           'runtime_predictor', 'onnx_predictor', 'font_with', 'draw_detections']
 
-# %% ../nbs/01c_evaluate.ipynb #f2e415d2
+# %% ../nbs/01c_evaluate.ipynb #0da73d03
 import json
 import warnings
 from collections import Counter
@@ -24,7 +24,6 @@ import numpy as np
 import onnx
 import torch
 from google.protobuf.message import DecodeError
-from matplotlib import get_data_path
 from onnxruntime import InferenceSession, SessionOptions
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools.coco import COCO
@@ -276,17 +275,27 @@ def onnx_predictor(
         return run(images)
     return predict
 
-# %% ../nbs/01c_evaluate.ipynb #a153c66b
+# %% ../nbs/01c_evaluate.ipynb #465cd13c
 PALETTE = [(1, 115, 178), (222, 143, 5), (2, 158, 115), (213, 94, 0), (204, 120, 188),
            (202, 145, 97), (251, 175, 228), (148, 148, 148), (236, 225, 51), (86, 180, 233)]
 
+# %% ../nbs/01c_evaluate.ipynb #c8290079
 @cache
-def _label_font(): # of matplotlib; it knows more alphabets than the one of PIL
-    return ImageFont.truetype(str(Path(get_data_path())/'fonts'/'ttf'/'DejaVuSans.ttf'), 12)
+def font_with(
+    text:str, # as it will be drawn
+)->str: # path of a font file; matplotlib's own if none has all letters
+    "A font that has all letters of a text: matplotlib's own, or the plainest of the system's"
+    from matplotlib.font_manager import fontManager, get_font       # looks for the system's fonts
+    own, letters = fontManager.findfont('DejaVu Sans'), {*map(ord, text)}
+    others = [font for font in fontManager.ttflist if not any(word in font.name for word in ('Last Resort', 'Emoji'))]
+    others.sort(key=lambda font: (font.style != 'normal', font.weight not in (400, 'normal', 'regular'), font.fname))
+    return next((path for path in (own, *(font.fname for font in others)) if letters <= get_font(path).get_charmap().keys()), own)
 
+# %% ../nbs/01c_evaluate.ipynb #8a27a450
 def _draw_label(draw, x, y, text, colour):
     "Text on a filled ground above (x, y), moved inside the image"
-    font, text = _label_font(), ' '.join(text.split())
+    text = ' '.join(text.split())
+    font = ImageFont.truetype(font_with(text), 12)
     width, height = draw.textlength(text, font) + 6, 17
     x, y = max(0, min(x, draw.im.size[0] - width)), max(0, y - height)
     draw.rectangle((x, y, x + width, y + height), fill=colour)

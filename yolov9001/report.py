@@ -6,7 +6,7 @@
 __all__ = ['EVALUATIONS', 'PANEL', 'save_evaluation', 'read_evaluations', 'embed', 'plot_history', 'plot_classes',
            'count_unmatched', 'draw_side_by_side', 'versions', 'report_pictures', 'report_mistakes', 'write_report']
 
-# %% ../nbs/04b_report.ipynb #66542141
+# %% ../nbs/04b_report.ipynb #d7313fc7
 import base64
 import dataclasses
 import importlib.metadata
@@ -23,12 +23,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import yaml
+from matplotlib.font_manager import FontProperties
 from torchvision.ops import box_iou
 
 from yolov9001.agreement import plot_agreement
 from yolov9001.core import InputError, LazyModule, write_json, write_whole
 from yolov9001.data import DetectionSet, fit_image
-from yolov9001.evaluate import Detections, Evaluation, draw_detections, from_results
+from yolov9001.evaluate import Detections, Evaluation, draw_detections, font_with, from_results
 from yolov9001.quantize import FIDELITY_IMAGES, plot_fidelity
 from yolov9001.latency import plot_layers
 from yolov9001.mistakes import mistake_costs, plot_mistakes, recall_by_size
@@ -80,7 +81,7 @@ def plot_history(
     right.set(ylim=(0, 100)); sns.despine(figure)
     return figure
 
-# %% ../nbs/04b_report.ipynb #0a006d48
+# %% ../nbs/04b_report.ipynb #844462cb
 def plot_classes(
     evaluations:dict, # name -> evaluation as saved
     most:int=30, # classes at most, the worst INT8 ones
@@ -91,6 +92,7 @@ def plot_classes(
     table = table.rename_axis('class').reset_index()
     figure, axis = plt.subplots(figsize=(8, 1 + .28 * len(table)), layout='constrained')
     sns.barplot(table.melt('class', var_name='model', value_name='AP50-95'), y='class', x='AP50-95', hue='model', ax=axis)
+    for label in axis.get_yticklabels(): label.set_fontproperties(FontProperties(fname=font_with(label.get_text())))
     axis.set(xlim=(0, 100)); sns.despine(ax=axis)
     return figure
 
