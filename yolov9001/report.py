@@ -81,7 +81,7 @@ def plot_history(
     right.set(ylim=(0, 100)); sns.despine(figure)
     return figure
 
-# %% ../nbs/04b_report.ipynb #844462cb
+# %% ../nbs/04b_report.ipynb #67f87000
 def plot_classes(
     evaluations:dict, # name -> evaluation as saved
     most:int=30, # classes at most, the worst INT8 ones
@@ -93,7 +93,7 @@ def plot_classes(
     figure, axis = plt.subplots(figsize=(8, 1 + .28 * len(table)), layout='constrained')
     sns.barplot(table.melt('class', var_name='model', value_name='AP50-95'), y='class', x='AP50-95', hue='model', ax=axis)
     for label in axis.get_yticklabels(): label.set_fontproperties(FontProperties(fname=font_with(label.get_text())))
-    axis.set(xlim=(0, 100)); sns.despine(ax=axis)
+    axis.set(xlim=(0, 100)); sns.despine(ax=axis); sns.move_legend(axis, 'upper left', bbox_to_anchor=(1, 1))
     return figure
 
 # %% ../nbs/04b_report.ipynb #a23602e7
