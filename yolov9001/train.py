@@ -186,7 +186,7 @@ def run_epoch(self:Trainer
     return {'epoch': self.epoch + 1, **{name: value / batches for name, value in self.sums.items()},
             'lr': self.optimizer.param_groups[0]['lr'], 'images_per_s': seen() / (self.seconds - seconds) if seen() else math.nan}
 
-# %% ../nbs/02_train.ipynb #0238d666
+# %% ../nbs/02_train.ipynb #4edd9f34
 @contextmanager
 def on_stop(
     action, # called with the signal
@@ -195,7 +195,7 @@ def on_stop(
     def act(number, _):
         if number == signal.SIGINT and 'RANK' not in os.environ:        # torchrun passes on what the terminal has sent already
             signal.signal(number, before[number])
-            os.write(2, b'\nstops after this step; Ctrl-C once more stops at once, without a checkpoint\n')
+            os.write(2, b'\nstops after this step or evaluation; Ctrl-C once more stops at once, without a checkpoint\n')
         action(number)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     caught = [number for number in before if before[number] != signal.SIG_IGN]      # a job in the background ignores Ctrl-C
@@ -213,7 +213,7 @@ def leave(self:Trainer):
 @patch
 def stop(self:Trainer):
     "Leave, with the checkpoint written"
-    if self.world.rank == 0: tqdm.write(f'stopped in epoch {self.epoch + 1} after {self.batch} batches; {self.out}/last.pt is whole, go on with --resume')
+    if self.world.rank == 0: tqdm.write(f'stopped after {self.epoch} epochs and {self.batch} batches; {self.out}/last.pt is whole, go on with --resume')
     self.leave()
     raise KeyboardInterrupt if self.asked == signal.SIGINT else SystemExit(0 if self.asked else 75)
 
@@ -297,7 +297,7 @@ def share_newest(self:Trainer):
             with write_whole(self.out/name) as temporary: temporary.write_bytes(content)
     self.world.gather('written')
 
-# %% ../nbs/02_train.ipynb #4d3dbf2b
+# %% ../nbs/02_train.ipynb #ca82574f
 @patch
 def fit(self:Trainer,
     on_epoch=None, # called with the trainer after each epoch has been saved
@@ -318,6 +318,7 @@ def fit(self:Trainer,
             self.save_state()
             if self.world.rank == 0: tqdm.write('  '.join(f'{name} {value:.4g}' for name, value in row.items()))
             if on_epoch: on_epoch(self)
+            if self.asked and self.world.size == 1: self.stop()         # several agree in their next step
     return pd.DataFrame(self.history)
 
 # %% ../nbs/02_train.ipynb #add6965b
