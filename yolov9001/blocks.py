@@ -93,7 +93,7 @@ class ConvBNReLU(nn.Module):
         weight, bias = fold_batchnorm(self.conv.weight, 0., self.bn)
         return FusedConv(weight, bias, self.conv.stride[0], self.conv.padding[0])
 
-# %% ../nbs/00_blocks.ipynb #abfbcb5e
+# %% ../nbs/00_blocks.ipynb #045a4775
 class QARepVGGBlockV2(nn.Module):
     "3x3, 1x1, identity and average-pooling branches, one BatchNorm after their sum (QARepVGG, arXiv 2212.01593; YOLOv6 v3)"
     def __init__(self,
@@ -105,14 +105,14 @@ class QARepVGGBlockV2(nn.Module):
         super().__init__()
         self.conv3 = nn.Conv2d(cin, cout, 3, stride, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(cout)
-        self.conv1 = nn.Conv2d(cin, cout, 1, bias=False)  # of every `stride`-th pixel
+        self.conv1 = nn.Conv2d(cin, cout, 1, bias=False)
         self.bn = nn.BatchNorm2d(cout)
         self.has_identity, self.stride, self.act = cin == cout and stride == 1, stride, act
 
     def forward(self,
         x:Tensor, # (B, cin, H, W)
     )->Tensor: # (B, cout, H/stride, W/stride)
-        y = self.bn3(self.conv3(x)) + self.conv1(x[:, :, ::self.stride, ::self.stride])
+        y = self.bn3(self.conv3(x)) + self.conv1(x if self.stride == 1 else F.avg_pool2d(x, 1, self.stride))
         if self.has_identity: y = y + x + F.avg_pool2d(x, 3, 1, 1)
         y = self.bn(y)
         return F.relu(y) if self.act else y

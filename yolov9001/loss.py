@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BOX_RANGE', 'distances', 'distances_to_code', 'anchor_points', 'flatten_levels', 'decode_boxes', 'candidate_cells',
-           'Assignment', 'TaskAlignedAssigner', 'DetectionLoss', 'DualLoss']
+           'Assignment', 'settle_conflicts', 'TaskAlignedAssigner', 'DetectionLoss', 'DualLoss']
 
 # %% ../nbs/01b_loss.ipynb #71e016a1
 from collections.abc import Callable
@@ -64,18 +64,17 @@ def decode_boxes(
     left_top, right_bottom = (distances(flatten_levels(levels)) * steps).chunk(2, -1)
     return torch.cat([points - left_top, points + right_bottom], -1)
 
-# %% ../nbs/01b_loss.ipynb #a02cfa13
+# %% ../nbs/01b_loss.ipynb #b2b55c9d
 def candidate_cells(
     points:Tensor, # centres (N, 2) in pixels
-    targets:Tensor, # (B, M, 5): class, `xyxy` in pixels; class -1 is padding
+    objects:Tensor, # boxes (M, 4), `xyxy` in pixels
     smallest:float=8., # side in pixels to which smaller objects are widened, the finest stride
-)->Tensor: # (B, M, N) bool
+)->Tensor: # (M, N) bool
     "Cells whose centre lies inside an object"
-    left_top, right_bottom = targets[..., 1:].chunk(2, -1)
+    left_top, right_bottom = objects.chunk(2, -1)
     half = ((right_bottom - left_top) / 2).clamp(min=smallest / 2)
     centre = (left_top + right_bottom) / 2
-    inside = (points - centre[:, :, None]).abs() <= half[:, :, None]
-    return inside.all(-1) & (targets[..., :1] >= 0)
+    return ((points - centre[:, None]).abs() <= half[:, None]).all(-1)
 
 # %% ../nbs/01b_loss.ipynb #997af55d
 class Assignment(NamedTuple):
@@ -84,7 +83,20 @@ class Assignment(NamedTuple):
     index: Tensor # (B, N) row of `targets`, 0 where not foreground
     score: Tensor # (B, N) target score 0..1, 0 where not foreground
 
-# %% ../nbs/01b_loss.ipynb #6cbbcdc0
+# %% ../nbs/01b_loss.ipynb #d97cbd6e
+def settle_conflicts(
+    cells:Tensor, # (M, K) cells that each object wants, 0..`count`-1
+    overlap:Tensor, # (M, K) how well each fits, at most 1; where it is negative the cell is not wanted
+    count:int, # of all cells
+)->Tensor: # (M, K) bool
+    "Leave each cell to the object that overlaps it most, to the first of equals"
+    largest = overlap.new_zeros(count).scatter_reduce_(0, cells.ravel(), overlap.ravel(), 'amax')
+    kept = ~(overlap < largest[cells])      # NaN stays, so that the loss tells of it
+    objects = torch.arange(len(cells), device=cells.device)[:, None].expand_as(cells)
+    first = cells.new_full((count,), len(cells)).scatter_reduce_(0, cells[kept], objects[kept], 'amin')
+    return kept & (objects == first[cells])
+
+# %% ../nbs/01b_loss.ipynb #955b39cd
 class TaskAlignedAssigner:
     "Assign objects to the cells that already localise and classify them best (TOOD, arXiv 2108.07755)"
     def __init__(self,
@@ -101,20 +113,20 @@ class TaskAlignedAssigner:
         points:Tensor, # centres (N, 2) in pixels
         targets:Tensor, # (B, M, 5): class, `xyxy` in pixels; class -1 is padding
     )->Assignment:
-        inside = candidate_cells(points, targets, self.smallest)
-        image, row, cell = inside.nonzero(as_tuple=True)
-        truth, classes = targets[image, row, 1:], targets[image, row, 0].long()
-        overlap = (1 - complete_box_iou_loss(boxes[image, cell], truth)).clamp(min=0)
-        iou = boxes.new_zeros(inside.shape).index_put((image, row, cell), overlap)
-        rank = scores[image, cell, classes] ** self.alpha * overlap ** self.beta
-        metric = boxes.new_full(inside.shape, -1.).index_put((image, row, cell), rank)
-        best = metric.topk(min(self.topk, metric.shape[-1])).indices
-        chosen = torch.zeros_like(inside).scatter(-1, best, True) & inside
-        index = iou.masked_fill(~chosen, -1).argmax(1)
-        chosen &= torch.zeros_like(inside).scatter(1, index[:, None], True)
-        kept, kept_iou = metric * chosen, iou * chosen
-        score = kept * kept_iou.amax(-1, keepdim=True) / kept.amax(-1, keepdim=True).clamp(min=1e-9)
-        return Assignment(chosen.any(1), index, score.amax(1))
+        image, row = (targets[..., 0] >= 0).nonzero(as_tuple=True)
+        classes, truth = targets[image, row, 0].long(), targets[image, row, 1:]
+        inside = candidate_cells(points, truth, self.smallest)
+        item, cell = inside.nonzero(as_tuple=True)
+        overlap = (1 - complete_box_iou_loss(boxes[image[item], cell], truth[item])).clamp(min=0)
+        rank = scores[image[item], cell, classes[item]] ** self.alpha * overlap ** self.beta
+        iou, metric = (boxes.new_full(inside.shape, -1.).index_put_((item, cell), value) for value in (overlap, rank))
+        metric, best = metric.topk(min(self.topk, len(points)))
+        iou, cells = iou.gather(1, best), image[:, None] * len(points) + best   # cells counted over the batch
+        chosen = settle_conflicts(cells, iou, scores[..., 0].numel())
+        metric, iou = metric * chosen, iou * chosen
+        score = metric * iou.amax(-1, keepdim=True) / metric.amax(-1, keepdim=True).clamp(min=1e-9)
+        spread = lambda value: value.new_zeros(scores[..., 0].numel()).index_put_((cells[chosen],), value[chosen]).view(scores.shape[:2])
+        return Assignment(spread(chosen), spread(row[:, None].expand_as(cells)), spread(score))
 
 # %% ../nbs/01b_loss.ipynb #2ab4b967
 class DetectionLoss:
