@@ -65,7 +65,8 @@ def kill_all(process):
 
 def trainers(process):
     "The processes that train under a launcher"
-    return [child for child in psutil.Process(process.pid).children(recursive=True) if '--resume' in child.cmdline() and '-m' not in child.cmdline()]
+    found = [child for child in psutil.Process(process.pid).children(recursive=True) if '--resume' in child.cmdline() and '-m' not in child.cmdline()]
+    return [child for child in found if child.ppid() not in {other.pid for other in found}]     # without the workers of their loaders
 
 
 def asked_to_end(process):
@@ -101,9 +102,9 @@ def test_a_signal_writes_a_checkpoint(digits, tmp_path, start, number, code):
 
 
 def test_sigterm_to_several_processes(digits, tmp_path, start):
-    "The launcher passes it on, all stop at the same step; resumed, a process that dies is replaced"
+    "The launcher passes it on, to the loaders' workers too; all stop at the same step; resumed, a process that dies is replaced"
     out, log = tmp_path/'run', tmp_path/'log'
-    begin = lambda *more: start(words(digits, out, '--devices', '2', *more, epochs=12, save_every=1), log)
+    begin = lambda *more: start(words(digits, out, '--devices', '2', *more, epochs=12, save_every=1, workers=1), log)
     process = begin()
     wait_for(lambda: progress(out/'last.pt') >= (0, 1))
     process.send_signal(signal.SIGTERM)

@@ -137,8 +137,8 @@ def _compose(
         targets.append(objects)
     return canvas, _clip_targets(np.concatenate(targets), tiles.size)
 
-# %% ../nbs/01i_augment.ipynb #ef01e2c4
-CACHE_BYTES = 4e9   # of fitted images that all readers of a host keep in memory
+# %% ../nbs/01i_augment.ipynb #41355559
+CACHE_BYTES = 4e9   # of fitted images that all processes of a host keep in memory
 
 class TrainSet(Dataset):
     "Augmented training items; keys are (epoch, index), as `EpochSampler` gives them"
@@ -148,7 +148,7 @@ class TrainSet(Dataset):
         augmentation:Augmentation=None, # `Augmentation()` if None
         seed:int=0, # of all chance
         mosaic_until:int=None, # first epoch without mosaic, None for mosaic to the end
-        cache_bytes:float=CACHE_BYTES, # fitted images stay in the memory of this process if they all fit in so much, else each is read anew
+        cache_bytes:float=CACHE_BYTES, # fitted images stay in memory, shared with workers, if they all fit in so much, else each is read anew
     ):
         self.detection_set, self.size, self.seed = detection_set, parse_size(size), seed
         self.augmentation = augmentation or Augmentation()

@@ -70,7 +70,7 @@ def fuse(
         return part
     with torch.no_grad(): return replaced(copy.deepcopy(module).eval()).requires_grad_(False)
 
-# %% ../nbs/00_blocks.ipynb #2053686f
+# %% ../nbs/00_blocks.ipynb #a922e2eb
 class ConvBNReLU(nn.Module):
     "Convolution, BatchNorm and ReLU"
     def __init__(self,
@@ -86,14 +86,14 @@ class ConvBNReLU(nn.Module):
     def forward(self,
         x:Tensor, # (B, cin, H, W)
     )->Tensor: # (B, cout, H/stride, W/stride)
-        return F.relu(self.bn(self.conv(x)))
+        return self.bn(self.conv(x)).relu_()
 
     def fused(self)->FusedConv:
         "One convolution with the BatchNorm folded in"
         weight, bias = fold_batchnorm(self.conv.weight, 0., self.bn)
         return FusedConv(weight, bias, self.conv.stride[0], self.conv.padding[0])
 
-# %% ../nbs/00_blocks.ipynb #045a4775
+# %% ../nbs/00_blocks.ipynb #845dbdf3
 class QARepVGGBlockV2(nn.Module):
     "3x3, 1x1, identity and average-pooling branches, one BatchNorm after their sum (QARepVGG, arXiv 2212.01593; YOLOv6 v3)"
     def __init__(self,
@@ -112,10 +112,10 @@ class QARepVGGBlockV2(nn.Module):
     def forward(self,
         x:Tensor, # (B, cin, H, W)
     )->Tensor: # (B, cout, H/stride, W/stride)
-        y = self.bn3(self.conv3(x)) + self.conv1(x if self.stride == 1 else F.avg_pool2d(x, 1, self.stride))
-        if self.has_identity: y = y + x + F.avg_pool2d(x, 3, 1, 1)
+        y = self.bn3(self.conv3(x)).add_(self.conv1(x if self.stride == 1 else F.avg_pool2d(x, 1, self.stride)))
+        if self.has_identity: y.add_(x).add_(F.avg_pool2d(x, 3, 1, 1))
         y = self.bn(y)
-        return F.relu(y) if self.act else y
+        return y.relu_() if self.act else y
 
     def fused(self)->FusedConv:
         "One 3x3 convolution: the pool is nine taps of 1/9, the identity a one in the centre, the last BatchNorm folded in"
@@ -127,7 +127,7 @@ class QARepVGGBlockV2(nn.Module):
         weight, bias = fold_batchnorm(weight, bias, self.bn)
         return FusedConv(weight, bias, self.stride, 1, self.act)
 
-# %% ../nbs/00_blocks.ipynb #50afa129
+# %% ../nbs/00_blocks.ipynb #9de0dac0
 class RepBlockAdd(nn.Module):
     "`n` QARepVGGBlockV2 in sequence plus a skip: `ReLU(x + blocks(x))` (YOLOv6+, SIViP 19(8), 2025)"
     def __init__(self,
@@ -188,7 +188,7 @@ class QARepNCSPELAN(nn.Module):
         second = self.stage1(first)
         return self.join(torch.cat([self.shortcut(x), first, second, self.stage2(second)], 1))
 
-# %% ../nbs/00_blocks.ipynb #b1178002
+# %% ../nbs/00_blocks.ipynb #8db7162c
 class AConv(nn.Module):
     "Halve the map: 2x2 average pooling, then 3x3 convolution of stride 2 (YOLOv9, arXiv 2402.13616)"
     def __init__(self,
@@ -202,7 +202,7 @@ class AConv(nn.Module):
     def forward(self,
         x:Tensor, # (B, cin, H, W)
     )->Tensor: # (B, cout, H/2, W/2)
-        return F.relu(self.bn(self.conv(F.avg_pool2d(x, 2, 1, 1))))
+        return self.bn(self.conv(F.avg_pool2d(x, 2, 1, 1))).relu_()
 
     def fused(self)->FusedConv:
         "One 4x4 convolution of stride 2: each 3x3 tap spread over the 2x2 pixels that its pool averaged"

@@ -6,12 +6,11 @@
 __all__ = ['measure', 'Budget', 'resolve_decode', 'split_model', 'obtain', 'model_name', 'given_file', 'compare_one', 'read_rows',
            'summarize', 'plot_comparison', 'check_model', 'check_comparison', 'compare']
 
-# %% ../nbs/04a_compare.ipynb #ad2a18bb
+# %% ../nbs/04a_compare.ipynb #25c7b95f
 import hashlib
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
@@ -29,7 +28,7 @@ from yolov9001.core import InputError, LazyModule, write_json, write_whole
 from yolov9001.data import DetectionSet, load_split, sample_images
 from yolov9001.evaluate import decode, evaluate, read_metadata, runtime_predictor
 from yolov9001.model import CONFIGS, export_onnx
-from yolov9001.peers import decode_peer, export_peer, peer_names, train_peer, ultralytics_version, write_yolo
+from yolov9001.peers import decode_peer, export_peer, peer_names, peer_settings, train_peer, ultralytics_version, write_yolo
 from yolov9001.rk3588_bench import Npu, read_onnx, toolkit_version
 from yolov9001.train import train
 
@@ -85,15 +84,15 @@ def split_model(
     path, mark, function = model.partition('.onnx=')
     return (path + '.onnx', function) if mark else (model, '') if model.endswith('.onnx') else ('', '')
 
-# %% ../nbs/04a_compare.ipynb #f1bba39a
+# %% ../nbs/04a_compare.ipynb #8104a9f1
 def obtain(
-    model:str, # a key of `CONFIGS`, a detector of ultralytics, or 'model.onnx[=package.module:function]'
+    model:str, # a key of `CONFIGS`, a detector of ultralytics (`peer_settings`), or 'model.onnx[=package.module:function]'
     seed:int, # of the training
     budget:Budget, # of the comparison
     out:Path, # folder of the run; what was stopped goes on
 )->tuple: # path of the ONNX file, decode function, seconds of training (0 for a given file; of a peer that was stopped, since then)
     "Train a model or take it"
-    start, size = time.perf_counter(), (budget.input_size,)*2
+    size = (budget.input_size,)*2
     given, function = split_model(model)
     if given: return Path(given), resolve_decode(function) if function else decode, 0.
     if model in CONFIGS:
@@ -106,9 +105,9 @@ def obtain(
     data = write_yolo(splits, out.parent/'yolo_data')
     best = train_peer(model, data, out, budget.epochs, budget.input_size, budget.batch_size, seed)
     path = export_peer(model, out/'model.onnx', splits['train'].class_names, size, best)
-    return path, decode_peer, time.perf_counter() - start
+    return path, decode_peer, float(pd.read_csv(best.parents[1]/'results.csv').time.iloc[-1])
 
-# %% ../nbs/04a_compare.ipynb #d68337ad
+# %% ../nbs/04a_compare.ipynb #811a59fe
 def model_name(
     model:str, # as `obtain` takes it
 )->str: # a given file goes by its name without suffix, `model.onnx` by that of its folder
@@ -118,10 +117,10 @@ def model_name(
 
 def given_file(
     model:str, # as `obtain` takes it
-)->dict: # sha256, decode; empty for a model that is trained
+)->dict: # sha256, decode; None for a model that is trained
     "What tells a given file from another of the same name"
     given, function = split_model(model)
-    return dict(sha256=hashlib.sha256(Path(given).read_bytes()).hexdigest(), decode=function) if given else {}
+    return dict(sha256=hashlib.sha256(Path(given).read_bytes()).hexdigest() if given else None, decode=function if given else None)
 
 # %% ../nbs/04a_compare.ipynb #a4a5ac25
 def _read_row(file, shared):
@@ -192,7 +191,7 @@ def plot_comparison(
     axis.margins(x=.2); sns.despine(ax=axis)
     return figure
 
-# %% ../nbs/04a_compare.ipynb #ada40147
+# %% ../nbs/04a_compare.ipynb #16594acf
 def check_model(
     model:str, # as `obtain` takes it
     budget:Budget, # of the comparison
@@ -207,8 +206,8 @@ def check_model(
         else: check_classes(given, read_metadata(given).class_names, budget.data, load_split(budget.data, budget.split).class_names)
     elif model not in CONFIGS and ultralytics_version() is None:
         raise InputError(f"{model}: not one of {', '.join(CONFIGS)}; for detectors of ultralytics, pip install -e '.[compare]'")
-    elif model not in CONFIGS and model.removesuffix('_relu') not in peer_names():
-        raise InputError(f"{model}: neither one of {', '.join(CONFIGS)} nor a detector of ultralytics")
+    elif model not in CONFIGS and peer_settings(model)[0] not in peer_names():
+        raise InputError(f"{model}: neither one of {', '.join(CONFIGS)} nor a detector of three strides of ultralytics")
 
 # %% ../nbs/04a_compare.ipynb #749e042d
 def check_comparison(

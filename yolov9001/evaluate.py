@@ -127,7 +127,7 @@ def _mean(precision):
     defined = precision[precision > -1]
     return 100 * float(defined.mean()) if defined.size else float('nan')
 
-# %% ../nbs/01c_evaluate.ipynb #a0db6f05
+# %% ../nbs/01c_evaluate.ipynb #44e5118f
 def _precision(truth, results, image_ids):
     "Precision (10 IoU thresholds, 101 recalls, classes) of pycocotools, all areas, 100 detections an image and class"
     with redirect_stdout(StringIO()):
@@ -136,10 +136,11 @@ def _precision(truth, results, image_ids):
         ground_truth.createIndex()
         detected = ground_truth.loadRes([dict(row) for row in results]) if results else COCO()
         metric = COCOeval(ground_truth, detected, 'bbox')
-        metric.params.imgIds = sorted(image_ids)
+        p = metric.params
+        p.imgIds, p.areaRng, p.areaRngLbl, p.maxDets = sorted(image_ids), p.areaRng[:1], p.areaRngLbl[:1], p.maxDets[-1:]
         metric.evaluate()
         metric.accumulate()
-    return metric.eval['precision'][..., 0, -1]
+    return metric.eval['precision'][..., 0, 0]
 
 # %% ../nbs/01c_evaluate.ipynb #1098e1f2
 def coco_metrics(

@@ -64,7 +64,7 @@ def decode_boxes(
     left_top, right_bottom = (distances(flatten_levels(levels)) * steps).chunk(2, -1)
     return torch.cat([points - left_top, points + right_bottom], -1)
 
-# %% ../nbs/01b_loss.ipynb #b2b55c9d
+# %% ../nbs/01b_loss.ipynb #69fc9884
 def candidate_cells(
     points:Tensor, # centres (N, 2) in pixels
     objects:Tensor, # boxes (M, 4), `xyxy` in pixels
@@ -74,7 +74,8 @@ def candidate_cells(
     left_top, right_bottom = objects.chunk(2, -1)
     half = ((right_bottom - left_top) / 2).clamp(min=smallest / 2)
     centre = (left_top + right_bottom) / 2
-    return ((points - centre[:, None]).abs() <= half[:, None]).all(-1)
+    x, y = ((points[:, axis] - centre[:, axis, None]).abs() <= half[:, axis, None] for axis in (0, 1))
+    return x & y
 
 # %% ../nbs/01b_loss.ipynb #997af55d
 class Assignment(NamedTuple):
@@ -83,7 +84,7 @@ class Assignment(NamedTuple):
     index: Tensor # (B, N) row of `targets`, 0 where not foreground
     score: Tensor # (B, N) target score 0..1, 0 where not foreground
 
-# %% ../nbs/01b_loss.ipynb #d97cbd6e
+# %% ../nbs/01b_loss.ipynb #fb29efdf
 def settle_conflicts(
     cells:Tensor, # (M, K) cells that each object wants, 0..`count`-1
     overlap:Tensor, # (M, K) how well each fits, at most 1; where it is negative the cell is not wanted
@@ -96,7 +97,7 @@ def settle_conflicts(
     first = cells.new_full((count,), len(cells)).scatter_reduce_(0, cells[kept], objects[kept], 'amin')
     return kept & (objects == first[cells])
 
-# %% ../nbs/01b_loss.ipynb #955b39cd
+# %% ../nbs/01b_loss.ipynb #26c5e484
 class TaskAlignedAssigner:
     "Assign objects to the cells that already localise and classify them best (TOOD, arXiv 2108.07755)"
     def __init__(self,
@@ -119,7 +120,7 @@ class TaskAlignedAssigner:
         item, cell = inside.nonzero(as_tuple=True)
         overlap = (1 - complete_box_iou_loss(boxes[image[item], cell], truth[item])).clamp(min=0)
         rank = scores[image[item], cell, classes[item]] ** self.alpha * overlap ** self.beta
-        iou, metric = (boxes.new_full(inside.shape, -1.).index_put_((item, cell), value) for value in (overlap, rank))
+        iou, metric = (value.new_full(inside.shape, -1.).index_put_((item, cell), value) for value in (overlap, rank))
         metric, best = metric.topk(min(self.topk, len(points)))
         iou, cells = iou.gather(1, best), image[:, None] * len(points) + best   # cells counted over the batch
         chosen = settle_conflicts(cells, iou, scores[..., 0].numel())

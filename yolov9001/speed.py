@@ -70,7 +70,7 @@ def own_seconds(
                 start = done
     return {part: statistics.median(values) for part, values in parts.items()}
 
-# %% ../nbs/04e_speed.ipynb #11b4639f
+# %% ../nbs/04e_speed.ipynb #946ea8f2
 def _speed_job(name, data, out, epochs, size, batch_size, result):
     "In the job: train, and write the marks of every step of the timed epochs"
     from ultralytics import YOLO
@@ -95,7 +95,7 @@ def peer_seconds(
         result, log = Path(folder)/'marks.json', Path(folder)/'train.log'
         job = start_job('_speed_job', log, module='yolov9001.speed', name=name, data=str(data), out=Path(folder)/'run', epochs=epochs,
                        size=budget.input_size, batch_size=budget.batch_size, result=str(result))
-        finish_job(job, log, f'{name} on {data}')
+        finish_job(job, log, f'{name} on {data}', kept=False)
         marks = json.loads(result.read_text())
     parts, epoch = dict(loader=[], step=[]), []
     for mark in marks:

@@ -47,7 +47,7 @@ def load_data(
         raise InputError(f'{config.data}: classes of train {train.class_names} and val {val.class_names} differ; give both the same categories')
     return train, val
 
-# %% ../nbs/02_train.ipynb #b434162c
+# %% ../nbs/02_train.ipynb #55a767fa
 class Trainer:
     "One training run: data, model, optimizer, average and history"
     format = 'yolov9001'  # of its checkpoints
@@ -61,9 +61,7 @@ class Trainer:
         self.epoch, self.batch, self.sums, self.asked, self.stopping = 0, 0, {}, 0, False
         self.writes = self.world.writes(self.out)
         self.quiet = self.world.rank > 0 or ('RANK' in os.environ and not sys.stderr.isatty())  # a bar in a log file is noise
-        if self.world.local_rank > 0: self.world.gather('data made by the first process of each host')
         self.train, self.val = load_data(config)
-        if self.world.local_rank == 0: self.world.gather('data made by the first process of each host')
         torch.manual_seed(config.seed)
         self.model = self.build().to(self.device, memory_format=torch.channels_last)
         self.ema, self.loss = EMA(self.model, config.ema_decay), DualLoss(config.auxiliary_weight, total=self.world.total)
@@ -79,7 +77,11 @@ def build(self:Trainer
     if not self.config.auxiliary_weight: model.auxiliary = None
     return model
 
-# %% ../nbs/02_train.ipynb #c93fa37c
+# %% ../nbs/02_train.ipynb #4017973e
+def _leave_signals(_):
+    "In a loader's worker: the trainer alone decides what SIGTERM and Ctrl-C mean, and ends its workers"
+    for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, signal.SIG_IGN)
+
 @patch
 def make_loader(self:Trainer
 )->DataLoader: # of this process's share of each batch
@@ -87,11 +89,11 @@ def make_loader(self:Trainer
     c = self.config
     augmentation = Augmentation(c.mosaic, c.scale, c.translate, c.hue, c.saturation, c.value, c.flip, c.flip_vertical)
     workers = c.workers if c.workers >= 0 else 4 * (self.device.type == 'cuda')
-    readers = max(1, workers) * int(os.environ.get('LOCAL_WORLD_SIZE', 1))     # processes of this host that keep images
-    items = TrainSet(self.train, self.size, augmentation, c.seed, c.epochs - min(c.close_mosaic, c.epochs // 5), CACHE_BYTES / readers)
+    cache = CACHE_BYTES / int(os.environ.get('LOCAL_WORLD_SIZE', 1))     # a process shares it with its workers
+    items = TrainSet(self.train, self.size, augmentation, c.seed, c.epochs - min(c.close_mosaic, c.epochs // 5), cache)
     self.sampler = EpochSampler(len(items), c.batch_size, c.seed, self.world.rank, self.world.size)
     return DataLoader(items, batch_sampler=self.sampler, num_workers=workers, collate_fn=partial(collate, size=self.size),
-                      persistent_workers=workers > 0, pin_memory=self.device.type == 'cuda')
+                      persistent_workers=workers > 0, pin_memory=self.device.type == 'cuda', worker_init_fn=_leave_signals)
 
 # %% ../nbs/02_train.ipynb #02b505c7
 @patch
@@ -124,7 +126,7 @@ def cut(self:Trainer,
     counts = self.world.total(torch.tensor([len(piece) for piece, _ in cut])).tolist()
     return [(count / sum(counts), *piece) for count, piece in zip(counts, cut) if count]
 
-# %% ../nbs/02_train.ipynb #e5e8167b
+# %% ../nbs/02_train.ipynb #d1ffd9dc
 @patch
 def accumulate(self:Trainer,
     weight:float, # part of the whole batch 0..1
@@ -134,7 +136,8 @@ def accumulate(self:Trainer,
     "Add the gradients of one piece"
     for batchnorm in self.own_batchnorms: batchnorm.train(len(images) > 0)  # no images, no statistics
     images = images.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
-    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16): outputs = self.parallel(images)
+    reduced = self.bfloat16 and len(images) > 0         # nn.SyncBatchNorm exchanges float32, and of no images what they are
+    with torch.autocast(self.device.type, torch.bfloat16, enabled=reduced): outputs = self.parallel(images)
     loss, parts = self.loss(outputs, targets.to(self.device, non_blocking=True))
     (weight * self.world.size * loss).backward()
     return {name: weight * value for name, value in parts.items()}
@@ -268,10 +271,10 @@ def save_state(self:Trainer):
         config=asdict(self.config), model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), batch=self.batch,
         sums=self.sums, updates=self.ema.updates, seconds=self.seconds, history=self.history, best=self.best))
 
-# %% ../nbs/02_train.ipynb #4451995b
+# %% ../nbs/02_train.ipynb #e7f121f9
 @patch
 def resume(self:Trainer):
-    "Continue from `last.pt` as if never stopped; raises `InputError` where the configuration or the classes differ"
+    "Continue from `last.pt` as if never stopped (several processes: to rounding); raises `InputError` where the configuration or the classes differ"
     path = self.out/'last.pt'
     checkpoint = read_state(path, self.format)
     check_classes(path, checkpoint['class_names'], self.config.data, self.train.class_names)
@@ -297,7 +300,7 @@ def share_newest(self:Trainer):
             with write_whole(self.out/name) as temporary: temporary.write_bytes(content)
     self.world.gather('written')
 
-# %% ../nbs/02_train.ipynb #ca82574f
+# %% ../nbs/02_train.ipynb #a86acd04
 @patch
 def fit(self:Trainer,
     on_epoch=None, # called with the trainer after each epoch has been saved
@@ -308,11 +311,10 @@ def fit(self:Trainer,
             row, due = self.run_epoch(), (self.epoch + 1) % self.config.evaluate_every == 0 or self.epoch + 1 == self.config.epochs
             if due:
                 self.save_state()
-                result = self.validate()
-                row |= {'map': result.map, 'map50': result.map50}
+                row |= {name: value for name, value in vars(self.validate()).items() if name in ('map', 'map50')}
             self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
-            if due and result.map > self.best:
-                self.best = result.map
+            if due and row['map'] > self.best:
+                self.best = row['map']
                 if self.writes: self.save('best.pt')
             self.history.append(row)
             self.save_state()
