@@ -13,7 +13,7 @@ DEMO := $(addprefix -p ,input_size=128x160 epochs=20 batch_size=8 lr=0.005 mosai
 install: .venv/installed
 
 demo: .venv/installed
-	$(BIN)/yolov9001 run --data "$(DATA)" --out "$(OUT)" --resume $(if $(filter digits,$(DATA)),$(DEMO))
+	$(BIN)/yolov9001 run --data "$(DATA)" --out "$(OUT)" --resume $(if $(subst digits,,$(DATA)),,$(DEMO))
 
 test: .venv/installed check-export
 	$(MAKE) --jobs=2 notebooks system cluster

@@ -163,7 +163,7 @@ def test_push_follows_links(tmp_path):
     (repo/'sets'/'empty').mkdir()
     ssh = tmp_path/'bin'/'ssh'
     ssh.parent.mkdir()
-    ssh.write_text('#!/bin/bash\ncase "$*" in *"tar -xzf"*) cat >"$SENT" ;; *tee*) cat >/dev/null ;; esac\n')
+    ssh.write_text('#!/bin/bash\ncase "$*" in *"tar -xmzf"*) cat >"$SENT" ;; *tee* | *"tar -xmf"*) cat >/dev/null ;; esac\n')
     ssh.chmod(0o755)
     subprocess.run(['git', 'init', '-q', repo], check=True)
     environment = os.environ | dict(PATH=f"{ssh.parent}:{os.environ['PATH']}", SENT=str(tmp_path/'sent.tgz'), NAMES='')
@@ -179,7 +179,7 @@ def test_dependencies_resolve():
     "uv finds a set of packages for what setup.py asks for"
     uv = REPO/'terraform'/'.venv'/'bin'/'uv'
     if not uv.exists(): pytest.skip('no terraform/.venv with uv: see terraform/requirements.txt')
-    result = subprocess.run([uv, 'pip', 'install', '--dry-run', '--python', sys.executable, '-e', REPO], capture_output=True, text=True, timeout=300)
+    result = subprocess.run([uv, 'pip', 'install', '--dry-run', '--python', sys.executable, '-e', f'{REPO}[dev,compare]'], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
 
 

@@ -58,7 +58,7 @@ def describe_knobs(
     for part in reversed(kind.__mro__[:-1]): told |= {name: text for name, text in docments(part).items() if text}
     return '\n'.join(f"  {f'{f.name}={f.default}':<24} {told.get(f.name, '')}" for f in fields(kind) if f.name not in without)
 
-# %% ../nbs/06_cli.ipynb #e0276112
+# %% ../nbs/06_cli.ipynb #e3c4d541
 def main(
     arguments:list=None, # words of the command line, those of the process if None
 )->int: # exit code: 0 done, 2 wrong input or a path that cannot be written, 130 stopped by Ctrl-C
@@ -67,7 +67,7 @@ def main(
                                      description='A nano object detector for INT8 on Rockchip NPUs')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for name, function in COMMANDS.items():
-        knobs = describe_knobs(RunConfig, TRAINED if name == 'quantize' else set())
+        knobs = describe_knobs(RunConfig, TRAINED if name == 'quantize' else {'data', 'out'})
         epilog = f'parameters for -p:\n{knobs}' if 'p' in inspect.signature(function).parameters else None
         add_arguments(commands.add_parser(name, help=function.__doc__, description=function.__doc__, epilog=epilog,
                                           formatter_class=argparse.RawDescriptionHelpFormatter), function)
@@ -126,11 +126,12 @@ def _train(*,
     print_json(data=metrics)
     print(f'wrote {out}/best.pt and {out}/model.onnx')
 
-# %% ../nbs/06_cli.ipynb #f184e6ab
+# %% ../nbs/06_cli.ipynb #e370a309
 @command
 def _quantize(
     run:str, # folder of a run, or its best.pt
     *,
+    data:str=None, # COCO folder or YOLO data.yaml, if it is elsewhere than when the run was trained
     p:list=None, # name=value, any of the parameters below; may be repeated
     resume:bool=False, # continue an interrupted quantization-aware training
     sensitivity:bool=False, # only tell which layers lose most when they alone are quantized
@@ -138,10 +139,11 @@ def _quantize(
 ):
     "Calibrate, train on in INT8, compile and simulate the model of a run"
     if sensitivity and agreement: raise InputError('--sensitivity and --agreement: one at a time')
-    if Path(run).suffix == '.pt': run = str(Path(run).parent)
-    wrong = [word for word in p or [] if word.split('=')[0] in TRAINED]
+    if Path(run).name == 'best.pt': run = str(Path(run).parent)
+    if not Path(run).is_dir(): raise InputError(f'{run}: no folder of a run and no best.pt; it is the best.pt of a run that is quantized')
+    wrong = [word for word in p or [] if word.split('=')[0] in TRAINED - {'data', 'out'}]
     if wrong: raise InputError(f'parameter {wrong[0]!r}: of the training, which is over; train anew to change it')
-    settings = run_config(None, run, run, p)
+    settings = run_config(data, run, run, p)
     from yolov9001.report import write_report
     from yolov9001.train import load_data
     from yolov9001.workbook import agreement_stage, quantize_stage, sensitivity_stage
@@ -212,7 +214,7 @@ def _export(
     size = parse_size(input_size or known['input_size'])
     print(f"wrote {export_onnx(model, out, known['class_names'], size)}")
 
-# %% ../nbs/06_cli.ipynb #fd3fbf96
+# %% ../nbs/06_cli.ipynb #a642199e
 @command
 def _bench(
     model:str, # .onnx file with one image input of fixed size
@@ -222,21 +224,22 @@ def _bench(
     json:str=None, # file for the numbers
 ):
     "Compile any ONNX detector and estimate its time"
-    from yolov9001.rk3588_bench import bench, bench_board
+    from yolov9001.rk3588_bench import TARGETS, bench, bench_board
     if board and ',' in target: raise InputError(f'target {target}: several; give the one of the board')
     chips = [chip.strip() for chip in target.split(',')]
-    if not all(chips): raise InputError(f'target {target!r}: an empty name between the commas')
+    for chip in chips:
+        if chip not in TARGETS: raise InputError(f"target {chip!r}: unknown; use one of {', '.join(TARGETS)}")
     numbers = bench_board(model, board, target) if board else [bench(model, chip).metrics() for chip in chips]
     if not board and len(numbers) == 1: numbers = numbers[0]
     print_json(data=numbers)
     if json: write_json(numbers, json)
     print('estimated milliseconds come from the compiler, they are no measurement')
 
-# %% ../nbs/06_cli.ipynb #e7574905
+# %% ../nbs/06_cli.ipynb #8b76bf79
 @command
 def _compare(*,
     data:str, # COCO folder or YOLO data.yaml
-    models:str='ours,yolov8n,yolo11n', # with commas: ours, a configuration, a detector of ultralytics, model.onnx[=module:function]
+    models:str='ours,yolov8n,yolo11n', # with commas: ours, a configuration, a detector of ultralytics (yolov8n, or with settings of its trainer yolov8n+nbs=16), model.onnx[=module:function]
     out:str='runs/compare', # folder of the runs and the table; resumed if it exists
     seeds:str='0', # with commas
     epochs:int=60, # passes over the training images
@@ -249,7 +252,7 @@ def _compare(*,
     "Train or take models, measure them in float and INT8 by the same code, one table and one picture"
     from yolov9001.compare import Budget, compare, summarize
     from yolov9001.data import parse_size
-    if not all(seed.isdecimal() for seed in seeds.split(',')): raise InputError(f'seeds {seeds!r}: write numbers with commas')
+    if not all(seed.strip().isdecimal() for seed in seeds.split(',')): raise InputError(f'seeds {seeds!r}: write numbers with commas')
     names = [RunConfig().model if name == 'ours' else name for name in map(str.strip, models.split(','))]
     parse_size(input_size)
     budget = Budget(data, input_size, epochs, batch_size, split, calibration)
@@ -258,3 +261,6 @@ def _compare(*,
         with write_whole(json) as temporary: rows.to_json(temporary, orient='records', indent=2)
     print(summarize(rows).round(2).to_string())
     print(f'wrote {out}/compare.json and {out}/compare.png; milliseconds are estimates')
+
+# %% ../nbs/06_cli.ipynb #bf356a31
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

@@ -122,11 +122,12 @@ def given_file(
     given, function = split_model(model)
     return dict(sha256=hashlib.sha256(Path(given).read_bytes()).hexdigest() if given else None, decode=function if given else None)
 
-# %% ../nbs/04a_compare.ipynb #a4a5ac25
+# %% ../nbs/04a_compare.ipynb #94460906
 def _read_row(file, shared):
     "A finished row, if it was made with what is shared"
     row = json.loads(file.read_text())
-    changed = [f'{key}={row.get(key)}' for key, value in shared.items() if row.get(key) != value]
+    meaning = lambda key, value: Path(value).resolve() if key == 'data' and value else value
+    changed = [f'{key}={row.get(key)}' for key, value in shared.items() if meaning(key, row.get(key)) != meaning(key, value)]
     if changed: raise InputError(f"{file}: was made with {', '.join(changed)}; use the same, or another --out")
     return row
 

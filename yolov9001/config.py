@@ -110,7 +110,7 @@ def config_of_notebook(
         if near: raise InputError(f'parameter {name!r}: unknown; did you mean {near[0]}?')
     return make_config(kind, {name: variables[name] for name in known})
 
-# %% ../nbs/01f_config.ipynb #62bedade
+# %% ../nbs/01f_config.ipynb #f1c377fe
 _LEAST = dict(epochs=1, batch_size=1, device_batch=0, save_every=1, evaluate_every=1, close_mosaic=0, seed=0, workers=-1,
               lr=0, weight_decay=0, warmup_epochs=0, auxiliary_weight=0)
 _MOST = dict(seed=2**63 - 1, final_lr=1, ema_decay=1, mosaic=1, scale=.9, translate=.5, hue=1, saturation=1, value=1, flip=1, flip_vertical=1)  # from 0 on
@@ -127,6 +127,7 @@ def check_values(
         if not low <= getattr(config, name) < math.inf: raise InputError(f'{name} {getattr(config, name)}: must be at least {low}')
     for name, high in most.items():
         if not 0 <= getattr(config, name) <= high: raise InputError(f'{name} {getattr(config, name)}: must be 0 to {high}')
+    if str(config.input_size).lower() in ('32', '32x32'): raise InputError('input_size 32: its coarsest map is one pixel, too little for BatchNorm; use at least 32x64')
     for name, known in choices.items():
         if getattr(config, name) not in known: raise InputError(f"{name} {getattr(config, name)!r}: unknown; use one of {', '.join(map(str, known))}")
 

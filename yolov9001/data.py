@@ -286,7 +286,7 @@ def _yolo_images(entry, base):
     if place.is_file(): return [place.parent/line.strip() for line in _read_text(place).splitlines() if line.strip()]
     raise InputError(f"{place}: missing; give a folder of images, or a text file that lists them, in the data.yaml")
 
-# %% ../nbs/01a_data.ipynb #c32bb24b
+# %% ../nbs/01a_data.ipynb #0e3c258f
 def _read_yaml(path, split):
     "The content of a data.yaml, its keys checked"
     try: content = yaml.safe_load(_read_text(path))
@@ -297,6 +297,8 @@ def _read_yaml(path, split):
     if isinstance(content['names'], list): content['names'] = dict(enumerate(content['names']))
     if not all(isinstance(key, int) for key in content['names']):
         raise InputError(f"{path}: names has keys that are no class numbers; write `names: [first, second]`")
+    odd = [entry for entry in (*content['names'], *content['names'].values()) if entry is None or isinstance(entry, bool)]
+    if odd: raise InputError(f'{path}: YAML reads {odd[0]} in names; put quotes around words like yes, no, on, off and null')
     content['names'] = {key: str(name) for key, name in content['names'].items()}
     _require_distinct(path, 'names', list(content['names'].values()))
     if not content.get(split):

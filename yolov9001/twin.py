@@ -26,7 +26,7 @@ def short_step(
     mantissa, exponent = torch.frexp(step)
     return torch.ldexp((mantissa * 2**bits).ceil(), exponent - bits)
 
-# %% ../nbs/02b_twin.ipynb #da3ce850
+# %% ../nbs/02b_twin.ipynb #0efef7a6
 class Quantizer(nn.Module):
     "INT8 levels of one tensor, as the NPU stores it (per tensor, asymmetric)"
     def __init__(self,
@@ -45,7 +45,7 @@ class Quantizer(nn.Module):
     ):
         "Spread the levels over `low` to `high`, or a little further"
         low, high = min(low, 0.), max(high, 0.)
-        self.scale.copy_(short_step(torch.tensor(max(high - low, 1e-6) / 255), 1))
+        self.scale.copy_(short_step(torch.tensor(max(high - low, 1e-2) / 255), 1))     # of a tensor that is all zero too: biases are counted in it
         self.zero_point.fill_(round(-128 - low / self.scale.item()))
 
     def forward(self,
@@ -86,7 +86,7 @@ class Register(Quantizer):
         if self.observe: self.observe(x)
         return x
 
-# %% ../nbs/02b_twin.ipynb #7a77289c
+# %% ../nbs/02b_twin.ipynb #c6ba3da3
 WEIGHT_LEVEL = 126  # largest code; rknn-toolkit2 2.5.0 cannot hold 127 of a QDQ file exactly, see `04_rk3588_bench`
 WEIGHT_STEP_BITS = 5  # with products of 15 bits this leaves 4 of the 24 of float32 to sums, whose signs are mixed
 
@@ -100,7 +100,8 @@ class QuantConv2d(nn.Conv2d):
 
     def weight_scale(self)->Tensor: # (cout,)
         "Step of each output channel"
-        return short_step(self.weight.detach().abs().amax((1, 2, 3)).clamp(min=1e-8) / WEIGHT_LEVEL, WEIGHT_STEP_BITS)
+        largest = torch.maximum(self.weight.detach().abs().amax((1, 2, 3)), self.bias.detach().abs() * 2**-14)     # a dead channel's bias too fits INT32
+        return short_step(largest.clamp(min=1e-8) / WEIGHT_LEVEL, WEIGHT_STEP_BITS)
 
     def rounded_weight(self)->Tensor: # of the shape of the weight
         "The weight on its levels; the gradient passes through"

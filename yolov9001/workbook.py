@@ -204,7 +204,7 @@ def quantize_stage(
         trained = finetune(config, model, twin, resume).ema.model.deploy().cpu()
         return simulate(config, npu, trained, val, 'int8_qat')
 
-# %% ../nbs/05_workbook.ipynb #27784831
+# %% ../nbs/05_workbook.ipynb #f60b8b75
 def run_notebook(
     stage:str, # train, quantize or bench
     out:str|Path, # folder of the run, made if missing
@@ -213,14 +213,15 @@ def run_notebook(
     "Run one pipeline notebook; an `InputError` in it is raised here"
     import papermill                            # takes seconds, which commands that run no notebook need not wait for
     source = project_folder()/'nbs'/'pipelines'/f'{stage}.ipynb'
-    unknown = parameters.keys() - papermill.inspect_notebook(str(source)).keys()
+    literal = lambda path: str(path).replace('{', '{{').replace('}', '}}')      # papermill fills in what stands in braces
+    unknown = parameters.keys() - papermill.inspect_notebook(literal(source)).keys()
     if unknown: raise InputError(f"{source}: has no parameter {', '.join(sorted(unknown))}")
     Path(out).mkdir(parents=True, exist_ok=True)
     print(f'{stage}: {out}/{stage}.ipynb', flush=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            papermill.execute_notebook(str(source), f'{out}/{stage}.ipynb', parameters, kernel_name='python3',
+            papermill.execute_notebook(literal(source), literal(f'{out}/{stage}.ipynb'), parameters, kernel_name='python3',
                                        progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
     except papermill.PapermillExecutionError as error:
         if error.ename == 'InputError': raise InputError(error.evalue) from None
@@ -253,18 +254,18 @@ def load_predictor(
     model, checkpoint = load_model(path)
     return predictor(model), checkpoint['class_names'], parse_size(checkpoint['input_size'])
 
-# %% ../nbs/05_workbook.ipynb #3198d91c
+# %% ../nbs/05_workbook.ipynb #c29484f0
 def list_images(
     source:str|Path, # an image, or a folder of images
 )->list[Path]: # sorted; raises `InputError` where there is none
     "The image files of a source"
-    source, suffixes = Path(source), ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
+    source, suffixes = Path(source), ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')
     files = sorted(p for p in source.iterdir() if p.suffix.lower() in suffixes) if source.is_dir() else [source]
     if not files or not files[0].is_file():
         raise InputError(f"{source}: no image there (folders in it are not searched); give an image or a folder of {', '.join(suffixes)}")
     return files
 
-# %% ../nbs/05_workbook.ipynb #7a294e18
+# %% ../nbs/05_workbook.ipynb #23d44b43
 def detect(
     path:str|Path, # best.pt or model.onnx
     source:str|Path, # image, or folder of images
@@ -287,7 +288,7 @@ def detect(
         rows += [row | dict(file_name=file.name, class_name=names[row['category_id'] - 1]) for row in results]
         picture = draw_detections(rgb, found.boxes, found.classes, names, found.scores)
         name = file.name if cv2.haveImageWriter(file.name) else f'{file.name}.jpg'
-        with write_whole(Path(out)/name) as temporary: cv2.imwrite(str(temporary), picture[..., ::-1])
+        with write_whole(Path(out)/name) as temporary: temporary.write_bytes(cv2.imencode(Path(name).suffix, picture[..., ::-1])[1])
         drawn += 1
     if not drawn: raise InputError(f'{source}: no image decodes; give jpg or png files')
     write_json(rows, Path(out)/'detections.json')

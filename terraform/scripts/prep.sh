@@ -7,19 +7,6 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=/dev/null
 . "$1"
 
-guard() { # end this host when nothing was written under ROOT for STALL_MINUTES
-  ((STALL_MINUTES)) || return 0
-  cp -r "$here" "$ROOT/scripts.new"
-  rm -rf "$ROOT/scripts"
-  mv "$ROOT/scripts.new" "$ROOT/scripts"
-  local before
-  before=$(cat "$ROOT/watchdog.pid" 2>/dev/null || true)
-  if grep -qs watchdog.sh "/proc/${before:-none}/cmdline"; then kill "$before"; fi # the number may be another process's after a restart
-  setsid bash "$ROOT/scripts/watchdog.sh" "$ROOT" "$STALL_MINUTES minutes" "bash $ROOT/scripts/end_cluster.sh $1" </dev/null >>"$ROOT/watchdog.log" 2>&1 &
-  echo $! >"$ROOT/watchdog.pid"
-  systemctl stop yolov9001-limit.timer 2>/dev/null || true
-}
-
 get_data() {
   mkdir -p "$ROOT/data"
   case $DATA in
@@ -58,7 +45,6 @@ serve() {
 mkdir -p "$ROOT"
 want nginx=nginx aria2c=aria2 unzip=unzip curl=curl
 python3 -c 'import ensurepip' 2>/dev/null || want venv=python3-venv
-guard "$1"
 get_data
 pack
 serve

@@ -10,7 +10,7 @@ shift
 cd "$here/../.."
 
 on_jump() {
-  ssh -o BatchMode=yes -o StrictHostKeyChecking=accept-new -o UserKnownHostsFile="$here/../.known_hosts" -o ConnectTimeout=10 \
+  ssh -o BatchMode=yes -o StrictHostKeyChecking=accept-new -o UserKnownHostsFile="\"$here/../.known_hosts\"" -o ConnectTimeout=10 \
     -o ServerAliveInterval=30 ${SSH_KEY:+-i "$SSH_KEY"} "$jump" "$@"
 }
 
@@ -24,11 +24,17 @@ files() { # everything to send, separated by NUL
   done
 }
 
-send() { files "$@" | tar --null --files-from=- --dereference --hard-dereference -czf - | on_jump "sudo rm -rf $root/repo && sudo mkdir -p $root/repo && sudo tar -xzf - -C $root/repo --no-same-owner"; }
+send() { files "$@" | tar --null --files-from=- --dereference --hard-dereference -czf - | on_jump "sudo rm -rf $root/repo && sudo mkdir -p $root/repo && sudo tar -xmzf - -C $root/repo --no-same-owner"; }
+
+guard() { # the limit of the boot takes no notice of what arrives, the watchdog does
+  on_jump "sudo tee $env_file >/dev/null" <<<"$NAMES" &&
+    tar -C "$here/.." -cf - scripts | on_jump "sudo mkdir -p $root && sudo tar -xmf - -C $root --no-same-owner" &&
+    on_jump "sudo bash $root/scripts/guard.sh $env_file"
+}
 
 (files "$@") >/dev/null # a missing folder is told before anything is sent
 retry "${ATTEMPTS:-20}" on_jump true
+retry 3 guard
 log "sending the repository to $jump"
 retry 3 send "$@"
-on_jump "sudo tee $env_file >/dev/null" <<<"$NAMES"
 on_jump "sudo bash $root/repo/terraform/scripts/prep.sh $env_file"

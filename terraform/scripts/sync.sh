@@ -9,12 +9,20 @@ changed() { # hidden files are being written
   find "$folder" -type f -not -path '*/.*' -printf '%P\0'
 }
 
+encode() { # a name as a part of a URL
+  local LC_ALL=C i c
+  for ((i = 0; i < ${#1}; i++)); do
+    c=${1:i:1}
+    if [[ $c == [a-zA-Z0-9/._~-] ]]; then printf %s "$c"; else printf '%%%02X' "$(($(printf %d "'$c") & 255))"; fi
+  done
+}
+
 send_all() {
   local name state failed=0
   while IFS= read -r -d '' name; do
     state=$(stat -c '%y %s %i' "$folder/$name" 2>/dev/null) || continue
     [[ ${sent[$name]:-} == "$state" ]] && continue
-    if curl -fsS -o /dev/null --connect-timeout 10 --retry 2 -T "$folder/$name" "$url/$name"; then sent[$name]=$state; else failed=1; fi
+    if curl -fsS -o /dev/null --connect-timeout 10 --retry 2 -T "$folder/$name" "$url/$(encode "$name")"; then sent[$name]=$state; else failed=1; fi
   done < <(changed)
   return "$failed"
 }

@@ -44,7 +44,7 @@ run "defaults" {
     error_message = "the jump host keeps the results, an ML server that ended costs nothing"
   }
   assert {
-    condition     = alltrue([for text in [aws_instance.jump.user_data, aws_instance.mlserver[0].user_data] : length(text) < 4096 && strcontains(text, "--on-active=60m") && !strcontains(text, "PRIVATE KEY")])
+    condition     = alltrue([for text in [aws_instance.jump.user_data, aws_instance.mlserver[0].user_data] : length(text) < 4096 && strcontains(text, "\"--on-active=60m\", --timer-property=DefaultDependencies=no, --property=DefaultDependencies=no,") && !strcontains(text, "PRIVATE KEY")])
     error_message = "user_data is small, holds the time limit and no secret"
   }
   assert {
