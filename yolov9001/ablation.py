@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['BINS', 'VARIANTS', 'STORED', 'LOSSES', 'CHANGES', 'OTHERS', 'RECIPE', 'PARTS', 'SPPF', 'RepVGGBlock', 'ConcatTopDown',
            'ConcatBottomUp', 'make_variant', 'observe_boxes', 'varifocal_loss', 'orthogonalize', 'MuonAdamW',
-           'assigned_codes', 'distribution_loss', 'DistributionLoss', 'ManyCandidates', 'VariantTrainer', 'measure',
-           'ablate', 'read_results', 'worth', 'plot_worth']
+           'assigned_codes', 'distribution_loss', 'DistributionLoss', 'ManyCandidates', 'changed', 'VariantTrainer',
+           'measure', 'ablate', 'read_results', 'worth', 'plot_worth']
 
-# %% ../nbs/03b_ablation.ipynb #c8cd5664
+# %% ../nbs/03b_ablation.ipynb #7dc7959e
 import json
 import math
 from dataclasses import asdict, replace
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
 from .blocks import ConvBNReLU, FusedConv, QARepVGGBlockV2, fold_batchnorm
-from .config import TrainConfig
+from .config import OPTIMIZERS, TrainConfig
 from .core import InputError, write_json
 from .data import sample_images
 from .evaluate import evaluate
@@ -302,15 +302,25 @@ class ManyCandidates(DualLoss):
         auxiliary = self.auxiliary_weight * sum(self.many(outputs[6:], targets))
         return total + auxiliary, parts | {'auxiliary': auxiliary.item()}
 
-# %% ../nbs/03b_ablation.ipynb #54767ae9
+# %% ../nbs/03b_ablation.ipynb #b38954ca
 LOSSES = {'GIoU': dict(box_loss=generalized_box_iou_loss), 'varifocal loss': dict(class_loss=varifocal_loss),
           'no small targets': dict(assigner=TaskAlignedAssigner(smallest=0.)),
           '13 candidates': dict(assigner=TaskAlignedAssigner(topk=13)), 'IoU to the 4th': dict(assigner=TaskAlignedAssigner(beta=4.))}
 
 CHANGES = {'no auxiliary branch': dict(auxiliary_weight=0.), 'auxiliary as heavy': dict(auxiliary_weight=1.), 'SGD': dict(optimizer='sgd', lr=0.),
-           'half the rate': dict(lr=.001), 'twice the rate': dict(lr=.004), 'four times the rate': dict(lr=.008), 'decay 0.0005': dict(weight_decay=5e-4),
-           'batch of 8': dict(batch_size=8), 'batch of 8, twice the rate': dict(batch_size=8, lr=.004), 'no mosaic': dict(mosaic=0.),
+           'half the rate': dict(rate=.5), 'twice the rate': dict(rate=2.), 'four times the rate': dict(rate=4.), 'decay 0.0005': dict(weight_decay=5e-4),
+           'batch of 8': dict(batch_size=8), 'batch of 8, twice the rate': dict(batch_size=8, rate=2.), 'no mosaic': dict(mosaic=0.),
            'little zoom': dict(scale=.2), 'no average': dict(ema_decay=0.), 'short average': dict(ema_decay=.95)}
+
+def changed(
+    config:TrainConfig, # the recipe
+    variant:str, # a key of `CHANGES`; any other changes nothing here
+)->TrainConfig: # raises `InputError` where the recipe does so already
+    "The recipe of a variant; `rate` multiplies the learning rate"
+    change = dict(CHANGES.get(variant, {}))
+    if 'rate' in change: change['lr'] = change.pop('rate') * (config.lr or OPTIMIZERS[config.optimizer]['lr'])
+    if change and replace(config, **change) == config: raise InputError(f'{variant}: is what the recipe does already; leave it out')
+    return replace(config, **change)
 
 # %% ../nbs/03b_ablation.ipynb #8f921ea6
 OTHERS = ('Muon', 'auxiliary of 20 candidates', 'fading auxiliary')   # what the trainer itself changes
@@ -350,7 +360,7 @@ def measure(
     kinds = STORED if trainer.variant == 'ours' else {'six sigmoids': STORED['six sigmoids']}
     return {'float': evaluate(predictor(model), val, size, progress=False).map} | {name: ap(stored) for name, stored in kinds.items()}
 
-# %% ../nbs/03b_ablation.ipynb #2e1c353b
+# %% ../nbs/03b_ablation.ipynb #34850cbd
 # The recipe of `make demo`, one epoch shorter
 RECIPE = TrainConfig(input_size='128x160', epochs=19, batch_size=8, lr=.005, mosaic=0., scale=.2, hue=0., saturation=.3, value=.3, flip=0.,
                      auxiliary_weight=0., evaluate_every=19)
@@ -367,7 +377,7 @@ def ablate(
     rows = []
     for variant, seed in [(v, s) for s in seeds for v in variants]:
         run = Path(folder)/f"{variant.replace(' ', '_')}-{seed}"
-        settings, path = replace(config, **CHANGES.get(variant, {}) | dict(out=str(run), seed=seed)), run/'result.json'
+        settings, path = replace(changed(config, variant), out=str(run), seed=seed), run/'result.json'
         if not path.exists():
             trainer = VariantTrainer(settings, variant)
             trainer.fit()

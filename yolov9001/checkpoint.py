@@ -6,9 +6,11 @@
 __all__ = ['RUN_FILES', 'write_checkpoint', 'read_checkpoint', 'load_model', 'check_classes', 'begin_from', 'progress',
            'read_state', 'check_folder', 'clear_run']
 
-# %% ../nbs/01h_checkpoint.ipynb #bd4e8026
+# %% ../nbs/01h_checkpoint.ipynb #7ea96203
+import glob
 import io
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -16,14 +18,16 @@ import torch
 from .core import InputError, write_whole
 from .model import CONFIGS, YOLOv9001
 
-# %% ../nbs/01h_checkpoint.ipynb #d04cc751
+# %% ../nbs/01h_checkpoint.ipynb #e647b0bb
 def write_checkpoint(
     path:str|Path, # file
     checkpoint:dict, # of tensors, numbers and texts
 ):
     "Write a checkpoint; where that fails the previous file stays whole"
-    content = io.BytesIO()
+    content, path = io.BytesIO(), Path(path)
     torch.save(checkpoint, content)
+    for left in path.parent.glob(f'.{glob.escape(path.stem)}.*{path.suffix}'):
+        if left.stat().st_mtime < time.time() - 3600: left.unlink(missing_ok=True)      # of a process that was killed while it wrote
     with write_whole(path) as temporary, open(temporary, 'wb') as file:
         file.write(content.getbuffer())
         file.flush()

@@ -57,7 +57,7 @@ def count_devices(
     if 0 < gpus < int(wanted): raise InputError(f'devices {wanted}: this host has {gpus} GPUs; use auto')
     return int(wanted)
 
-# %% ../nbs/02a_cluster.ipynb #cf50b8fc
+# %% ../nbs/02a_cluster.ipynb #31d7572c
 def own_addresses()->dict: # IPv4 or IPv6 address -> interface
     "Addresses of this machine"
     return {a.address.split('%')[0]: name for name, addresses in psutil.net_if_addrs().items() for a in addresses if a.family.name in ('AF_INET', 'AF_INET6')}
@@ -70,6 +70,7 @@ def make_plan(
 )->Plan: # raises `InputError` where list and machine do not fit
     "Decide who takes part and where they meet"
     known = tuple((hosts or os.environ.get('SKYPILOT_NODE_IPS', '')).replace(',', ' ').split())
+    if address and not known: raise InputError(f'address {address}: without hosts; give --hosts, the addresses of all')
     if len(known) < 2: return Plan(count_devices(devices, device))
     if len(set(known)) < len(known): raise InputError(f"hosts {','.join(known)}: one is named twice; name each once")
     own = own_addresses()

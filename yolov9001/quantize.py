@@ -342,7 +342,7 @@ def finetune_config(
         out=f'{config.out}/qat', epochs=config.qat_epochs, lr=config.qat_lr, optimizer='adamw', weight_decay=1e-4,
         warmup_epochs=1., ema_decay=.998, auxiliary_weight=0., mosaic=0., evaluate_every=config.qat_epochs))
 
-# %% ../nbs/03_quantize.ipynb #3d8e220e
+# %% ../nbs/03_quantize.ipynb #5840ae47
 def finetune(
     config:QuantConfig, # of the run
     model:YOLOv9001, # trained
@@ -353,7 +353,9 @@ def finetune(
     trainer = QuantizedTrainer(finetune_config(config), model, twin, config.distillation)
     last = trainer.out/'last.pt'
     if resume and last.exists():
-        if read_checkpoint(last, trainer.format).get('origin') == trainer.origin: trainer.resume()
-        else: warnings.warn(f'{last}: began from other weights, ranges or distillation; training on begins anew')
+        try:
+            if read_checkpoint(last, trainer.format).get('origin') != trainer.origin: raise InputError(f'{last}: began from other weights, ranges or distillation')
+            trainer.resume()
+        except InputError as error: warnings.warn(f'{error}; training on begins anew')
     trainer.fit()
     return trainer

@@ -6,13 +6,14 @@
 __all__ = ['TARGETS', 'ALGORITHMS', 'toolkit_version', 'OnnxFile', 'read_onnx', 'random_calibration', 'Compiled', 'Npu',
            'simulate_file', 'mixed_outputs', 'bench', 'bench_board', 'bench_targets']
 
-# %% ../nbs/04_rk3588_bench.ipynb #4cbf8991
+# %% ../nbs/04_rk3588_bench.ipynb #78128521
 import os
 import re
 import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 from dataclasses import dataclass, replace
 from importlib import metadata
 from multiprocessing.connection import Connection, Pipe
@@ -218,10 +219,11 @@ class Npu:
         self.worker.wait()
         self._temporary.cleanup()
 
-# %% ../nbs/04_rk3588_bench.ipynb #6827bb00
+# %% ../nbs/04_rk3588_bench.ipynb #b6a8bdb3
 @patch
 def _ask(self:Npu, job, **arguments):
     "Send one job; returns its error or `None`, its result, and what was printed meanwhile"
+    if self.connection.closed: raise InputError('the compiler: its process has ended, or was closed; begin with another Npu()')
     start = self.log.stat().st_size
     try:
         self.connection.send((job, arguments))
@@ -235,7 +237,7 @@ def _ask(self:Npu, job, **arguments):
 # %% ../nbs/04_rk3588_bench.ipynb #35a11235
 _CRASHING_RULES = ['fuse_exmatmul_add_mul_exsoftmax13_exmatmul_to_sdpa', 'seperate_conv_rs_split']
 
-# %% ../nbs/04_rk3588_bench.ipynb #8c239bd5
+# %% ../nbs/04_rk3588_bench.ipynb #684f9e53
 @patch
 def _build(self:Npu, named, **arguments):
     "Compile without the fusion rules that crash; returns the log"
@@ -244,10 +246,10 @@ def _build(self:Npu, named, **arguments):
         error, _, log = self._ask('compile', rules=rules, **arguments)
         if not error: return log
         advice = re.search(r"add disable_rules=\['(\w+)'\]", log)
-        if not advice or advice[1] in rules: raise _explain(named, error, log)
+        if self.connection.closed or not advice or advice[1] in rules: raise _explain(named, error, log)
         rules.append(advice[1])
 
-# %% ../nbs/04_rk3588_bench.ipynb #e407eec3
+# %% ../nbs/04_rk3588_bench.ipynb #1af6f730
 def _restep(codes):
     "Codes that the toolkit's second rounding, by 127/128, turns into `codes` (those up to ±126 exactly)"
     return (codes + np.sign(codes)*(abs(codes) >= 64)).clip(-128, 127).astype(np.int8)
@@ -256,13 +258,18 @@ def _weights_for_toolkit(path, folder):
     "A copy of a QDQ file whose INT8 weights survive the import"
     file = onnx.load(path)
     stored = {tensor.name: tensor for tensor in file.graph.initializer}
-    for node in file.graph.node:
+    uses = Counter(name for node in file.graph.node for name in node.input)
+    for number, node in enumerate(file.graph.node):
         codes = stored.get(node.input[0]) if node.op_type == 'DequantizeLinear' else None
         if codes is None or codes.data_type != onnx.TensorProto.INT8 or len(codes.dims) != 4: continue
-        scale = stored[node.input[1]]
-        for tensor, value in ((codes, _restep(onnx.numpy_helper.to_array(codes).astype(int))),
-                              (scale, onnx.numpy_helper.to_array(scale)*np.float32(127/128))):
-            tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
+        scale = stored.get(node.input[1])
+        if scale is None: raise InputError(f'{path}: scale {node.input[1]} is no stored tensor; export the file with its constants folded')
+        for place, tensor, value in ((0, codes, _restep(onnx.numpy_helper.to_array(codes).astype(int))),
+                                     (1, scale, onnx.numpy_helper.to_array(scale)*np.float32(127/128))):
+            name = tensor.name if uses[tensor.name] == 1 else f'{tensor.name}_of_node_{number}'
+            if name != tensor.name: tensor = file.graph.initializer.add()     # others use it too
+            tensor.CopyFrom(onnx.numpy_helper.from_array(value, name))
+            node.input[place] = name
     onnx.save(file, folder/Path(path).name)
     return folder/Path(path).name
 

@@ -265,7 +265,7 @@ def list_images(
         raise InputError(f"{source}: no image there (folders in it are not searched); give an image or a folder of {', '.join(suffixes)}")
     return files
 
-# %% ../nbs/05_workbook.ipynb #23d44b43
+# %% ../nbs/05_workbook.ipynb #3599096a
 def detect(
     path:str|Path, # best.pt or model.onnx
     source:str|Path, # image, or folder of images
@@ -284,6 +284,8 @@ def detect(
         boxed, frame = letterbox(rgb, size)
         found = decode(predict(torch.from_numpy(boxed).permute(2, 0, 1)[None]), confidence)[0]
         found = found._replace(boxes=torch.as_tensor(frame.undo(found.boxes.numpy())))
+        seen = (found.boxes[:, 2:] > found.boxes[:, :2]).all(1)         # not in the border alone
+        found = type(found)(*(part[seen] for part in found))
         results = to_results(number, found, list(range(1, len(names) + 1)))        # the file knows classes by position
         rows += [row | dict(file_name=file.name, class_name=names[row['category_id'] - 1]) for row in results]
         picture = draw_detections(rgb, found.boxes, found.classes, names, found.scores)
