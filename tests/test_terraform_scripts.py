@@ -14,6 +14,7 @@ import zipfile
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 
 REPO = Path(__file__).parents[1]
@@ -143,6 +144,19 @@ def test_coco_that_stays_corrupt_fails(mirror):
     result = bash(f'sleep() {{ :; }}; coco {folder}/coco', COCO_URL=url, COCO_SUMS=str(folder/'sums'))
     assert result.returncode != 0 and 'no copy with SHA-256' in result.stderr
     assert not (folder/'coco/complete').exists()
+
+
+def test_guard_replaces_the_watchdog_and_ends_it(tmp_path):
+    "A second prep may have another limit, or none"
+    def guard(minutes):
+        subprocess.run(['bash', SCRIPTS/'guard.sh', environment(tmp_path/'env', ROOT=tmp_path, STALL_MINUTES=minutes, END='true')], check=True, timeout=60)
+        return psutil.Process(int((tmp_path/'watchdog.pid').read_text())) if minutes else None
+    first = guard(60)
+    second = guard(30)
+    assert not first.is_running() or first.wait(10) is None
+    assert second.cmdline()[-2] == '30 minutes'
+    guard(0)
+    assert not second.is_running() or second.wait(10) is None
 
 
 def test_push_names_a_missing_folder():
