@@ -7,7 +7,7 @@ __all__ = ['check_config', 'update_metrics', 'train_stage', 'check_training', 'd
            'sensitivity_stage', 'agreement_stage', 'quantize_stage', 'run_notebook', 'run', 'load_predictor',
            'list_images', 'detect']
 
-# %% ../nbs/05_workbook.ipynb #2006122b
+# %% ../nbs/05_workbook.ipynb #d3f9374b
 import json
 import os
 import sys
@@ -27,7 +27,7 @@ from .agreement import code_differences, layer_agreement
 from .checkpoint import begin_from, check_classes, check_folder, clear_run, load_model, read_state
 from .cluster import Plan, launch, negotiate
 from .core import InputError, project_folder, write_json, write_whole
-from .data import DetectionSet, letterbox, parse_size, sample_images
+from .data import IMAGE_SUFFIXES, DetectionSet, letterbox, parse_size, sample_images
 from .evaluate import decode, draw_detections, evaluate, onnx_predictor, read_metadata, to_results
 from .model import YOLOv9001, count_parameters, export_onnx, layer_costs, onnx_metadata
 from .quantize import (CALIBRATIONS, FIDELITY_IMAGES, calibrate, export_qdq,
@@ -254,15 +254,15 @@ def load_predictor(
     model, checkpoint = load_model(path)
     return predictor(model), checkpoint['class_names'], parse_size(checkpoint['input_size'])
 
-# %% ../nbs/05_workbook.ipynb #c29484f0
+# %% ../nbs/05_workbook.ipynb #f695daf6
 def list_images(
     source:str|Path, # an image, or a folder of images
 )->list[Path]: # sorted; raises `InputError` where there is none
     "The image files of a source"
-    source, suffixes = Path(source), ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')
-    files = sorted(p for p in source.iterdir() if p.suffix.lower() in suffixes) if source.is_dir() else [source]
+    source = Path(source)
+    files = sorted(p for p in source.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if source.is_dir() else [source]
     if not files or not files[0].is_file():
-        raise InputError(f"{source}: no image there (folders in it are not searched); give an image or a folder of {', '.join(suffixes)}")
+        raise InputError(f"{source}: no image there (folders in it are not searched); give an image or a folder of {', '.join(IMAGE_SUFFIXES)}")
     return files
 
 # %% ../nbs/05_workbook.ipynb #3599096a
