@@ -262,7 +262,7 @@ def run_board(
     if not pipeline.times: raise ValueError(f'{source}: no image that decodes, or stopped before the first')
     return {**latency(pipeline, min(warmup, len(pipeline.times)//2)), 'model': Path(model).name, 'input_size': f'{size[0]}x{size[1]}'}, found
 
-# %% ../nbs/04c_board.ipynb #9b6156e3
+# %% ../nbs/04c_board.ipynb #4f0d16a0
 def main(
     arguments:list=None, # words of the command line, those of the process if None
 )->int: # exit code: 0 done, 2 wrong input
@@ -283,7 +283,9 @@ def main(
         print(json.dumps(numbers, indent=2))
         rows = {name: [dict(box=box.tolist(), score=float(s), class_id=int(c)) for box, s, c in zip(*each)] for name, each in found.items()}
         for path, content in ((a.json, numbers), (a.detections, rows)):
-            if path: Path(path).write_text(json.dumps(content, indent=2) + '\n')
+            if not path: continue
+            Path(f'{path}.part').write_text(json.dumps(content, indent=2) + '\n')
+            Path(f'{path}.part').replace(path)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f'board: {error}', file=sys.stderr)
         return 2

@@ -89,18 +89,21 @@ def train_stage(
         train_images_per_s=len(trainer.train) * config.epochs / trainer.seconds,
         train_precision='bfloat16' if trainer.bfloat16 else 'float32')
 
-# %% ../nbs/05_workbook.ipynb #0fcc265f
+# %% ../nbs/05_workbook.ipynb #bb6a84f6
 def check_training(
     config:RunConfig, # of the run
+    resume:bool=False, # it continues the training in `config.out`, if there is one
 ):
     "Raise `InputError` for what every process of the training would refuse"
+    last = Path(config.out)/'last.pt'
     check_values(replace(config, batch_size=config.batch_size or 1))       # 0 is found by the processes
     parse_size(config.input_size)
     names = load_data(config)[0].class_names
     model = YOLOv9001(len(names), config.model)
     if config.weights: begin_from(model, config.weights, names)
+    if resume and config.batch_size and last.exists(): check_same(last, read_state(last)['state']['config'], asdict(config))
 
-# %% ../nbs/05_workbook.ipynb #5d866193
+# %% ../nbs/05_workbook.ipynb #fd74c6c8
 def distribute(
     plan:Plan, # of more than one process
     config:RunConfig, # of the run
@@ -110,10 +113,9 @@ def distribute(
     "Train in several processes; what is wrong with the input is said here, before any of them starts"
     out = Path(config.out)
     check_folder(out, resume or bool(plan.hosts) and not overwrite, overwrite)
-    check_training(config)
+    check_training(config, not overwrite)
     if overwrite and out.resolve() in Path(config.weights).resolve().parents: raise InputError(f'{config.weights}: would be overwritten before it is read; copy it to another folder')
     if overwrite: clear_run(out)
-    if (out/'last.pt').exists() and config.batch_size: check_same(out/'last.pt', read_state(out/'last.pt')['state']['config'], asdict(config))
     write_config(config)
     program = Path(sys.executable).with_name('yolov9001')
     launch(plan, [str(program), 'train', '--config', str(out/'config.yaml'), '--out', str(out), '--resume'], out)
@@ -227,7 +229,7 @@ def run_notebook(
         if error.ename == 'InputError': raise InputError(error.evalue) from None
         raise
 
-# %% ../nbs/05_workbook.ipynb #95885ab4
+# %% ../nbs/05_workbook.ipynb #c50e03a2
 def run(
     config:RunConfig, # of the run
     resume:bool=False, # continue the run in `config.out`
@@ -237,6 +239,7 @@ def run(
     check_config(config)
     out = Path(config.out)
     check_folder(out, resume, overwrite)
+    check_training(config, resume)
     _, val = load_data(config)
     run_notebook('train', out, asdict(config) | dict(resume=resume, overwrite=overwrite))
     run_notebook('quantize', out, dict(out=config.out, resume=resume))
