@@ -6,7 +6,7 @@
 __all__ = ['measure', 'Budget', 'resolve_decode', 'split_model', 'obtain', 'model_name', 'given_file', 'compare_one', 'read_rows',
            'summarize', 'plot_comparison', 'check_model', 'check_comparison', 'compare']
 
-# %% ../nbs/04a_compare.ipynb #25c7b95f
+# %% ../nbs/04a_compare.ipynb #1808711c
 import hashlib
 import json
 import os
@@ -28,7 +28,7 @@ from yolov9001.core import InputError, LazyModule, write_json, write_whole
 from yolov9001.data import DetectionSet, load_split, sample_images
 from yolov9001.evaluate import decode, evaluate, read_metadata, runtime_predictor
 from yolov9001.model import CONFIGS, export_onnx
-from yolov9001.peers import decode_peer, export_peer, peer_names, peer_settings, train_peer, ultralytics_version, write_yolo
+from yolov9001.peers import decode_peer, export_peer, peer_names, peer_seconds, peer_settings, train_peer, ultralytics_version, write_yolo
 from yolov9001.rk3588_bench import Npu, read_onnx, toolkit_version
 from yolov9001.train import train
 
@@ -84,7 +84,7 @@ def split_model(
     path, mark, function = model.partition('.onnx=')
     return (path + '.onnx', function) if mark else (model, '') if model.endswith('.onnx') else ('', '')
 
-# %% ../nbs/04a_compare.ipynb #8104a9f1
+# %% ../nbs/04a_compare.ipynb #ce463231
 def obtain(
     model:str, # a key of `CONFIGS`, a detector of ultralytics (`peer_settings`), or 'model.onnx[=package.module:function]'
     seed:int, # of the training
@@ -105,7 +105,7 @@ def obtain(
     data = write_yolo(splits, out.parent/'yolo_data')
     best = train_peer(model, data, out, budget.epochs, budget.input_size, budget.batch_size, seed)
     path = export_peer(model, out/'model.onnx', splits['train'].class_names, size, best)
-    return path, decode_peer, float(pd.read_csv(best.parents[1]/'results.csv').time.iloc[-1])
+    return path, decode_peer, peer_seconds(best.parents[1]/'results.csv')
 
 # %% ../nbs/04a_compare.ipynb #811a59fe
 def model_name(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PEERS', 'ultralytics_version', 'peer_names', 'peer_settings', 'start_job', 'finish_job', 'export_peer',
            'peer_distances', 'peer_boxes', 'decode_peer', 'export_published', 'measure_published', 'write_yolo',
-           'train_peer']
+           'train_peer', 'peer_seconds']
 
 # %% ../nbs/03d_peers.ipynb #01f74f7b
 import json
@@ -388,3 +388,11 @@ def train_peer(
     with tqdm(total=epochs, desc=f'{name}, seed {seed}', unit='epoch') as bar:
         finish_job(job, out/'train.log', f'{name} on {data}', lambda: bar.update(rows() - bar.n))
     return best
+
+# %% ../nbs/03d_peers.ipynb #c472bdd0
+def peer_seconds(
+    results:str|Path, # the `results.csv` of a run of `train_peer`
+)->float: # seconds, without an epoch that was broken off
+    "How long a peer was trained, in all its pieces"
+    time = pd.read_csv(results).time
+    return float(time[~(time.diff(-1) < 0)].sum())
