@@ -19,7 +19,7 @@ from .core import InputError, write_whole
 # %% ../nbs/01f_config.ipynb #11fe8e31
 OPTIMIZERS = {'adamw': dict(lr=.004, weight_decay=.05), 'sgd': dict(lr=.02, weight_decay=5e-4)}
 
-# %% ../nbs/01f_config.ipynb #d7be109c
+# %% ../nbs/01f_config.ipynb #7bfd1880
 @dataclass
 class TrainConfig:
     "What a training depends on, besides the images"
@@ -35,6 +35,7 @@ class TrainConfig:
     lr:float = 0.                   # peak learning rate, 0 for the optimizer's own: adamw 0.004, sgd 0.02
     final_lr:float = .01            # learning rate at the end, as a part of `lr`
     weight_decay:float = 0.         # 0 for the optimizer's own: adamw 0.05, sgd 0.0005 (plain L2)
+    beta2:float = .99               # AdamW remembers the size of gradients over 1 / (1 - beta2) steps
     warmup_epochs:float = 3.        # linear rise of the learning rate, at most a tenth of the run
     ema_decay:float = .9998         # upper limit of the moving average's decay
     auxiliary_weight:float = .25    # loss of the auxiliary branch against 1 for the main one, 0 trains without it
@@ -110,10 +111,10 @@ def config_of_notebook(
         if near: raise InputError(f'parameter {name!r}: unknown; did you mean {near[0]}?')
     return make_config(kind, {name: variables[name] for name in known})
 
-# %% ../nbs/01f_config.ipynb #f1c377fe
+# %% ../nbs/01f_config.ipynb #e852a170
 _LEAST = dict(epochs=1, batch_size=1, device_batch=0, save_every=1, evaluate_every=1, close_mosaic=0, seed=0, workers=-1,
               lr=0, weight_decay=0, warmup_epochs=0, auxiliary_weight=0)
-_MOST = dict(seed=2**63 - 1, final_lr=1, ema_decay=1, mosaic=1, scale=.9, translate=.5, hue=1, saturation=1, value=1, flip=1, flip_vertical=1)  # from 0 on
+_MOST = dict(seed=2**63 - 1, final_lr=1, beta2=.9999, ema_decay=1, mosaic=1, scale=.9, translate=.5, hue=1, saturation=1, value=1, flip=1, flip_vertical=1)  # from 0 on
 _CHOICES = dict(optimizer=tuple(OPTIMIZERS), precision=('auto', 'float32', 'bfloat16'), sync_batchnorm=('auto', 'yes', 'no'), gradient_bits=(32, 16))
 
 def check_values(

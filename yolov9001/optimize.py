@@ -45,10 +45,10 @@ class EMA:
             if average.is_floating_point(): average.lerp_(value, 1 - decay)
             else: average.copy_(value)
 
-# %% ../nbs/01g_optimize.ipynb #2839a216
+# %% ../nbs/01g_optimize.ipynb #c6e14d59
 def make_optimizer(
     model:nn.Module, # its parameters are trained
-    config:TrainConfig, # its `optimizer`, `lr` and `weight_decay`
+    config:TrainConfig, # its `optimizer`, `lr`, `weight_decay` and `beta2`
 )->torch.optim.Optimizer:
     "AdamW, or SGD with Nesterov momentum 0.937; weight decay on convolution weights only"
     own = OPTIMIZERS[config.optimizer]
@@ -56,5 +56,5 @@ def make_optimizer(
     others = [p for p in model.parameters() if p.ndim != 4]
     groups = [dict(params=weights, weight_decay=config.weight_decay or own['weight_decay']), dict(params=others, weight_decay=0.)]
     lr = config.lr or own['lr']
-    if config.optimizer == 'adamw': return torch.optim.AdamW(groups, lr=lr)
+    if config.optimizer == 'adamw': return torch.optim.AdamW(groups, lr=lr, betas=(.9, config.beta2))
     return torch.optim.SGD(groups, lr=lr, momentum=.937, nesterov=True)
