@@ -19,7 +19,7 @@ from .core import InputError, write_whole
 # %% ../nbs/01f_config.ipynb #11fe8e31
 OPTIMIZERS = {'adamw': dict(lr=.004, weight_decay=.05), 'sgd': dict(lr=.02, weight_decay=5e-4)}
 
-# %% ../nbs/01f_config.ipynb #7bfd1880
+# %% ../nbs/01f_config.ipynb #78a8ae0c
 @dataclass
 class TrainConfig:
     "What a training depends on, besides the images"
@@ -35,7 +35,7 @@ class TrainConfig:
     lr:float = 0.                   # peak learning rate, 0 for the optimizer's own: adamw 0.004, sgd 0.02
     final_lr:float = .01            # learning rate at the end, as a part of `lr`
     weight_decay:float = 0.         # 0 for the optimizer's own: adamw 0.05, sgd 0.0005 (plain L2)
-    beta2:float = .99               # AdamW remembers the size of gradients over 1 / (1 - beta2) steps
+    beta2:float = .999              # AdamW remembers the size of gradients over 1 / (1 - beta2) steps
     warmup_epochs:float = 3.        # linear rise of the learning rate, at most a tenth of the run
     ema_decay:float = .9998         # upper limit of the moving average's decay
     auxiliary_weight:float = .25    # loss of the auxiliary branch against 1 for the main one, 0 trains without it
