@@ -235,7 +235,7 @@ def _bench(
     if json: write_json(numbers, json)
     print('estimated milliseconds come from the compiler, they are no measurement')
 
-# %% ../nbs/06_cli.ipynb #8b76bf79
+# %% ../nbs/06_cli.ipynb #4daed9c6
 @command
 def _compare(*,
     data:str, # COCO folder or YOLO data.yaml
@@ -245,7 +245,7 @@ def _compare(*,
     epochs:int=60, # passes over the training images
     input_size:int=320, # side of the square input, a multiple of 32
     batch_size:int=16, # images a step
-    split:str='val', # what is measured: val or test
+    split:str='val', # what is measured: val, test, or train for how well the labels themselves can be met
     calibration:int=100, # training images that set the INT8 ranges
     json:str=None, # file for the rows
 ):

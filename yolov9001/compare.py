@@ -54,7 +54,7 @@ def measure(
     return dict(map_fp32=exact.map, map50_fp32=exact.map50, map_int8=rounded.map, map50_int8=rounded.map50,
                 images_val=exact.images, params=weights) | compiled.metrics()
 
-# %% ../nbs/04a_compare.ipynb #a61405fc
+# %% ../nbs/04a_compare.ipynb #97645f7b
 @dataclass(frozen=True)
 class Budget:
     "What all models of a comparison share"
@@ -62,7 +62,7 @@ class Budget:
     input_size:int=320    # side of the square input, a multiple of 32
     epochs:int=60         # passes over the training images
     batch_size:int=16     # images a step
-    split:str='val'       # what is measured: val, or test once at the end
+    split:str='val'       # what is measured: val, test once at the end, or train for how well the labels themselves can be met
     calibration:int=100   # images that set the INT8 ranges
 
 # %% ../nbs/04a_compare.ipynb #5c9a927a
