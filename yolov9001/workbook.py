@@ -89,19 +89,20 @@ def train_stage(
         train_images_per_s=len(trainer.train) * config.epochs / trainer.seconds,
         train_precision='bfloat16' if trainer.bfloat16 else 'float32')
 
-# %% ../nbs/05_workbook.ipynb #bb6a84f6
+# %% ../nbs/05_workbook.ipynb #34d78216
 def check_training(
     config:RunConfig, # of the run
     resume:bool=False, # it continues the training in `config.out`, if there is one
 ):
     "Raise `InputError` for what every process of the training would refuse"
-    last = Path(config.out)/'last.pt'
     check_values(replace(config, batch_size=config.batch_size or 1))       # 0 is found by the processes
     parse_size(config.input_size)
     names = load_data(config)[0].class_names
     model = YOLOv9001(len(names), config.model)
-    if config.weights: begin_from(model, config.weights, names)
-    if resume and config.batch_size and last.exists(): check_same(last, read_state(last)['state']['config'], asdict(config))
+    last = Path(config.out)/'last.pt'
+    if resume and last.exists():
+        if config.batch_size: check_same(last, read_state(last)['state']['config'], asdict(config))
+    elif config.weights: begin_from(model, config.weights, names)
 
 # %% ../nbs/05_workbook.ipynb #fd74c6c8
 def distribute(
