@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'command', 'add_arguments', 'describe_knobs', 'main']
 
-# %% ../nbs/06_cli.ipynb #b8c0bc41
+# %% ../nbs/06_cli.ipynb #a8b754a2
 import argparse
 import inspect
 import os
+import re
 import sys
 import warnings
 from dataclasses import fields
@@ -21,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .config import TRAINED, RunConfig, run_config
-from .core import REFUSAL, InputError, write_json, write_whole
+from .core import REFUSAL, InputError, check_writable, write_json, write_whole
 
 # %% ../nbs/06_cli.ipynb #c72d9faf
 COMMANDS = {}
@@ -214,7 +215,7 @@ def _export(
     size = parse_size(input_size or known['input_size'])
     print(f"wrote {export_onnx(model, out, known['class_names'], size)}")
 
-# %% ../nbs/06_cli.ipynb #a642199e
+# %% ../nbs/06_cli.ipynb #1121d5c0
 @command
 def _bench(
     model:str, # .onnx file with one image input of fixed size
@@ -225,6 +226,7 @@ def _bench(
 ):
     "Compile any ONNX detector and estimate its time"
     from yolov9001.rk3588_bench import TARGETS, bench, bench_board
+    if json: check_writable(json)
     if board and ',' in target: raise InputError(f'target {target}: several; give the one of the board')
     chips = [chip.strip() for chip in target.split(',')]
     for chip in chips:
@@ -235,11 +237,11 @@ def _bench(
     if json: write_json(numbers, json)
     print('estimated milliseconds come from the compiler, they are no measurement')
 
-# %% ../nbs/06_cli.ipynb #4daed9c6
+# %% ../nbs/06_cli.ipynb #ef9b734f
 @command
 def _compare(*,
     data:str, # COCO folder or YOLO data.yaml
-    models:str='ours,yolov8n,yolo11n', # with commas: ours, a configuration, a detector of ultralytics (yolov8n, or with settings of its trainer yolov8n+nbs=16), model.onnx[=module:function]
+    models:str='ours,yolov8n,yolo11n', # with commas: ours, a configuration, a detector of ultralytics, each with settings of its training or without (ours+lr=0.008, yolov8n+nbs=16), model.onnx[=module:function]
     out:str='runs/compare', # folder of the runs and the table; resumed if it exists
     seeds:str='0', # with commas
     epochs:int=60, # passes over the training images
@@ -252,8 +254,9 @@ def _compare(*,
     "Train or take models, measure them in float and INT8 by the same code, one table and one picture"
     from yolov9001.compare import Budget, compare, summarize
     from yolov9001.data import parse_size
+    if json: check_writable(json)
     if not all(seed.strip().isdecimal() for seed in seeds.split(',')): raise InputError(f'seeds {seeds!r}: write numbers with commas')
-    names = [RunConfig().model if name == 'ours' else name for name in map(str.strip, models.split(','))]
+    names = [re.sub(r'^ours(?=\+|$)', RunConfig().model, name.strip()) for name in models.split(',')]
     parse_size(input_size)
     budget = Budget(data, input_size, epochs, batch_size, split, calibration)
     rows = compare(names, [int(seed) for seed in seeds.split(',')], budget, out)
