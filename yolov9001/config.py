@@ -16,10 +16,10 @@ import yaml
 
 from .core import InputError, write_whole
 
-# %% ../nbs/01f_config.ipynb #11fe8e31
-OPTIMIZERS = {'adamw': dict(lr=.004, weight_decay=.05), 'sgd': dict(lr=.02, weight_decay=5e-4)}
+# %% ../nbs/01f_config.ipynb #ddbfabb2
+OPTIMIZERS = {'adamw': dict(lr=.004), 'sgd': dict(lr=.02)}
 
-# %% ../nbs/01f_config.ipynb #78a8ae0c
+# %% ../nbs/01f_config.ipynb #1a5b95fe
 @dataclass
 class TrainConfig:
     "What a training depends on, besides the images"
@@ -34,7 +34,7 @@ class TrainConfig:
     optimizer:str = 'adamw'         # adamw or sgd
     lr:float = 0.                   # peak learning rate, 0 for the optimizer's own: adamw 0.004, sgd 0.02
     final_lr:float = .01            # learning rate at the end, as a part of `lr`
-    weight_decay:float = 0.         # 0 for the optimizer's own: adamw 0.05, sgd 0.0005 (plain L2)
+    weight_decay:float = 0.         # 0 for the optimizer's own: adamw 1000 / steps of the run, sgd 0.0005 (plain L2)
     beta2:float = .999              # AdamW remembers the size of gradients over 1 / (1 - beta2) steps
     warmup_epochs:float = 3.        # linear rise of the learning rate, at most a tenth of the run
     ema_decay:float = .9998         # upper limit of the moving average's decay

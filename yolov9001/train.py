@@ -47,7 +47,7 @@ def load_data(
         raise InputError(f'{config.data}: classes of train {train.class_names} and val {val.class_names} differ; give both the same categories')
     return train, val
 
-# %% ../nbs/02_train.ipynb #55a767fa
+# %% ../nbs/02_train.ipynb #b52b654a
 class Trainer:
     "One training run: data, model, optimizer, average and history"
     format = 'yolov9001'  # of its checkpoints
@@ -66,7 +66,8 @@ class Trainer:
         self.model = self.build().to(self.device, memory_format=torch.channels_last)
         self.ema, self.loss = EMA(self.model, config.ema_decay), DualLoss(config.auxiliary_weight, total=self.world.total)
         self.parallelize()
-        self.optimizer, self.loader = make_optimizer(self.model, config), self.make_loader()
+        self.batches = -(-len(self.train) // config.batch_size)
+        self.optimizer, self.loader = make_optimizer(self.model, config, config.epochs * self.batches), self.make_loader()
 
 # %% ../nbs/02_train.ipynb #0c9f1b59
 @patch
@@ -165,12 +166,12 @@ def step(self:Trainer,
     self.ema.update(self.model)
     return dict(zip(rows[0], values))
 
-# %% ../nbs/02_train.ipynb #bfa47a52
+# %% ../nbs/02_train.ipynb #59ec09de
 @patch
 def run_epoch(self:Trainer
 )->dict: # mean loss by part, learning rate, images a second
     "All training images once"
-    config, batches, first = self.config, -(-len(self.train) // self.config.batch_size), self.batch
+    config, batches, first = self.config, self.batches, self.batch
     steps, peak = config.epochs * batches, config.lr or OPTIMIZERS[config.optimizer]['lr']
     warmup = max(1, int(min(config.warmup_epochs * batches, steps / 10)))
     self.model.train()
