@@ -45,13 +45,14 @@ class EMA:
             if average.is_floating_point(): average.lerp_(value, 1 - decay)
             else: average.copy_(value)
 
-# %% ../nbs/01g_optimize.ipynb #5865c494
+# %% ../nbs/01g_optimize.ipynb #562d50c1
 def weight_decay(
     config:TrainConfig, # its `optimizer` and `weight_decay`
     steps:int, # of the whole run
 )->float: # of convolution weights; AdamW multiplies it by the rate
-    "The decay asked for, or the optimizer's own: AdamW forgets in a quarter of the run at its default rate, SGD has 0.0005"
-    own = {'adamw': 4 / (OPTIMIZERS['adamw']['lr'] * steps), 'sgd': 5e-4}
+    "The decay asked for, or the optimizer's own: SGD 0.0005; AdamW forgets in a quarter of the run, at least 100 steps, and later at less than its own rate"
+    rate = max(config.lr, OPTIMIZERS['adamw']['lr'])
+    own = {'adamw': 1 / (rate * max(steps / 4, 100)), 'sgd': 5e-4}
     return config.weight_decay or own[config.optimizer]
 
 # %% ../nbs/01g_optimize.ipynb #0d9b8ab2
