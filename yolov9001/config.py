@@ -34,7 +34,7 @@ class TrainConfig:
     optimizer:str = 'adamw'         # adamw or sgd
     lr:float = 0.                   # peak learning rate, 0 for the optimizer's own: adamw 0.004, sgd 0.02
     final_lr:float = .01            # learning rate at the end, as a part of `lr`
-    weight_decay:float = 0.         # 0 for the optimizer's own: adamw 1000 / steps of the run, sgd 0.0005 (plain L2)
+    weight_decay:float = 0.         # 0 for the optimizer's own: adamw forgets in a quarter of the run, sgd 0.0005
     beta2:float = .999              # AdamW remembers the size of gradients over 1 / (1 - beta2) steps
     warmup_epochs:float = 3.        # linear rise of the learning rate, at most a tenth of the run
     ema_decay:float = .9998         # upper limit of the moving average's decay
