@@ -6,7 +6,7 @@
 __all__ = ['measure', 'Budget', 'resolve_decode', 'split_model', 'is_ours', 'own_config', 'obtain', 'model_name', 'given_file',
            'compare_one', 'read_rows', 'summarize', 'plot_comparison', 'check_model', 'check_comparison', 'compare']
 
-# %% ../nbs/04a_compare.ipynb #fb9dffcf
+# %% ../nbs/04a_compare.ipynb #81aafc4c
 import hashlib
 import json
 import os
@@ -28,7 +28,7 @@ from yolov9001.core import InputError, LazyModule, write_json, write_whole
 from yolov9001.data import DetectionSet, load_split, sample_images
 from yolov9001.evaluate import decode, evaluate, read_metadata, runtime_predictor
 from yolov9001.model import CONFIGS, export_onnx
-from yolov9001.peers import decode_peer, export_peer, peer_names, peer_seconds, split_settings, train_peer, ultralytics_version, write_yolo
+from yolov9001.peers import decode_peer, export_peer, peer_knobs, peer_names, peer_seconds, split_settings, train_peer, ultralytics_version, write_yolo
 from yolov9001.rk3588_bench import Npu, read_onnx, toolkit_version
 from yolov9001.train import train
 
@@ -91,7 +91,7 @@ def is_ours(
     "Whether a model is one of `CONFIGS`"
     return model.split('+')[0] in CONFIGS
 
-# %% ../nbs/04a_compare.ipynb #ac28c9bc
+# %% ../nbs/04a_compare.ipynb #57557956
 def own_config(
     model:str, # a key of `CONFIGS`, settings behind it: 'np+lr=0.008'
     seed:int, # of the training
@@ -102,8 +102,8 @@ def own_config(
     name, settings = split_settings(model)
     shared = dict(data=budget.data, out=str(out), model=name, input_size=str(budget.input_size), epochs=budget.epochs,
                   batch_size=budget.batch_size, seed=seed)
-    clash = sorted(settings.keys() & shared)
-    if clash: raise InputError(f"{model}: all models share {', '.join(clash)}; leave it out")
+    clash = sorted(settings.keys() & {*shared, 'weights', 'device'})
+    if clash: raise InputError(f"{model}: {', '.join(clash)} is the same for all models; leave it out")
     config = make_config(TrainConfig, settings | shared)
     check_values(config)
     return config
@@ -214,7 +214,7 @@ def plot_comparison(
     axis.margins(x=.2); sns.despine(ax=axis)
     return figure
 
-# %% ../nbs/04a_compare.ipynb #99f52bb6
+# %% ../nbs/04a_compare.ipynb #eb94b043
 def check_model(
     model:str, # as `obtain` takes it
     budget:Budget, # of the comparison
@@ -232,6 +232,8 @@ def check_model(
         raise InputError(f"{model}: not one of {', '.join(CONFIGS)}; for detectors of ultralytics, pip install -e '.[compare]'")
     elif split_settings(model)[0] not in peer_names():
         raise InputError(f"{model}: neither one of {', '.join(CONFIGS)} nor a detector of three strides of ultralytics")
+    elif unknown := sorted(split_settings(model)[1].keys() - peer_knobs()):
+        raise InputError(f"{model}: {', '.join(unknown)} is no setting of a peer's trainer, or the same for all models; leave it out")
 
 # %% ../nbs/04a_compare.ipynb #749e042d
 def check_comparison(

@@ -16,8 +16,8 @@ import yaml
 
 from .core import InputError, write_whole
 
-# %% ../nbs/01f_config.ipynb #ddbfabb2
-OPTIMIZERS = {'adamw': dict(lr=.004), 'sgd': dict(lr=.02)}
+# %% ../nbs/01f_config.ipynb #f63008c2
+OPTIMIZERS = {'adamw': dict(lr=.004), 'sgd': dict(lr=.02, weight_decay=5e-4)}
 
 # %% ../nbs/01f_config.ipynb #1a5b95fe
 @dataclass

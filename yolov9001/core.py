@@ -32,18 +32,20 @@ class LazyModule:
 
     def __getattr__(self, attribute): return getattr(importlib.import_module(self._name), attribute)
 
-# %% ../nbs/00a_core.ipynb #e05905fc
+# %% ../nbs/00a_core.ipynb #90c01044
 def check_writable(
     path:str|Path, # of a file; its folder is made if it is missing
 )->Path: # `path`; raises `InputError` for a folder, `OSError` where nothing can be written
     "Find out before the work whether its file can be written after it"
     path = Path(path)
     if path.is_dir(): raise InputError(f'{path}: is a folder; give the name of a file')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    TemporaryFile(dir=path.parent).close()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=path.parent).close()
+    except OSError as error: raise OSError(error.errno, error.strerror, str(path)) from None
     return path
 
-# %% ../nbs/00a_core.ipynb #de92133d
+# %% ../nbs/00a_core.ipynb #fafee03e
 @contextmanager
 def write_whole(
     path:str|Path, # the file to write; its folder is made if it is missing
