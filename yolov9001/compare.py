@@ -108,13 +108,13 @@ def own_config(
     check_values(config)
     return config
 
-# %% ../nbs/04a_compare.ipynb #b97df55d
+# %% ../nbs/04a_compare.ipynb #6a1d7436
 def obtain(
     model:str, # a key of `CONFIGS` or a detector of ultralytics, with settings behind it (`split_settings`), or 'model.onnx[=package.module:function]'
     seed:int, # of the training
     budget:Budget, # of the comparison
     out:Path, # folder of the run; what was stopped goes on
-)->tuple: # path of the ONNX file, decode function, seconds of training (0 for a given file; of a peer that was stopped, since then)
+)->tuple: # path of the ONNX file, decode function, seconds of training, in all its pieces (0 for a given file)
     "Train a model or take it"
     size = (budget.input_size,)*2
     given, function = split_model(model)

@@ -45,12 +45,12 @@ class EMA:
             if average.is_floating_point(): average.lerp_(value, 1 - decay)
             else: average.copy_(value)
 
-# %% ../nbs/01g_optimize.ipynb #0e27725b
+# %% ../nbs/01g_optimize.ipynb #b8e214d1
 def weight_decay(
     config:TrainConfig, # its `optimizer` and `weight_decay`
     steps:int, # of the whole run
 )->float: # of convolution weights; AdamW multiplies it by the rate
-    "The decay asked for, or the optimizer's own: AdamW forgets in a quarter of the run, at least 100 steps; other weights that it begins from it keeps"
+    "The decay asked for, or the optimizer's own: AdamW forgets in a quarter of the run, at least 100 steps, and keeps weights that it was given"
     rate = max(config.lr, OPTIMIZERS['adamw']['lr'])        # a small one is asked for by those who forget less
     forgetting = .05 if config.weights else 1 / (rate * max(steps / 4, 100))
     return config.weight_decay or OPTIMIZERS[config.optimizer].get('weight_decay', forgetting)

@@ -45,7 +45,7 @@ def ultralytics_version(
         try: return metadata.version(package)
         except metadata.PackageNotFoundError: pass
 
-# %% ../nbs/03d_peers.ipynb #44c1fec3
+# %% ../nbs/03d_peers.ipynb #b72efb00
 def peer_names(
 )->set: # of str; empty where it is not installed
     "Detectors of three strides that ultralytics can build, in all their sizes, without importing it"
@@ -57,6 +57,7 @@ def peer_names(
         names |= {re.sub(r'^(yolov?\d+)', rf'\g<1>{size}', path.stem) for size in ['', *network.get('scales', {})]}
     return names
 
+# %% ../nbs/03d_peers.ipynb #c18c9933
 def split_settings(
     name:str, # of a detector, settings of its training behind it: 'yolov8n+nbs=16+lr0=0.02'
 )->tuple[str, dict]: # the detector alone; its settings by name; raises `InputError` for one without a value
