@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_data', 'Trainer', 'on_stop', 'predictor', 'prepare', 'train']
 
-# %% ../nbs/02_train.ipynb #60c88cec
+# %% ../nbs/02_train.ipynb #632eb2d0
 import math
 import os
 import signal
@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from .augment import CACHE_BYTES, Augmentation, EpochSampler, TrainSet, collate
 from .checkpoint import RUN_FILES, begin_from, check_classes, check_folder, clear_run, progress, read_state, write_checkpoint
-from .config import OPTIMIZERS, TrainConfig, check_same, check_values
+from .config import TrainConfig, check_same, check_values
 from .core import InputError, write_whole
 from .data import load_split, parse_size
 from .distributed import World, synchronize_batchnorm, wants_bfloat16
@@ -166,13 +166,13 @@ def step(self:Trainer,
     self.ema.update(self.model)
     return dict(zip(rows[0], values))
 
-# %% ../nbs/02_train.ipynb #59ec09de
+# %% ../nbs/02_train.ipynb #0c581879
 @patch
 def run_epoch(self:Trainer
 )->dict: # mean loss by part, learning rate, images a second
     "All training images once"
     config, batches, first = self.config, self.batches, self.batch
-    steps, peak = config.epochs * batches, config.lr or OPTIMIZERS[config.optimizer]['lr']
+    steps, peak = config.epochs * batches, self.optimizer.defaults['lr']
     warmup = max(1, int(min(config.warmup_epochs * batches, steps / 10)))
     self.model.train()
     self.sampler.epoch, self.sampler.start, started, seconds = self.epoch, first, time.perf_counter(), self.seconds

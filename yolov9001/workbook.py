@@ -61,7 +61,7 @@ def update_metrics(
     write_json(metrics, path)
     return metrics
 
-# %% ../nbs/05_workbook.ipynb #b27bbf2a
+# %% ../nbs/05_workbook.ipynb #4b8e58c4
 def train_stage(
     config:RunConfig, # of the run
     resume:bool=False, # continue the run in `config.out`
@@ -87,6 +87,7 @@ def train_stage(
         params_deploy=count_parameters(model.deploy()), gmacs_deploy=costs.macs.sum() / 1e9,
         input_size=size[0] if size[0] == size[1] else f'{size[0]}x{size[1]}', train_seconds=trainer.seconds,
         train_images_per_s=len(trainer.train) * config.epochs / trainer.seconds,
+        lr=trainer.optimizer.defaults['lr'], weight_decay=trainer.optimizer.param_groups[0]['weight_decay'],
         train_precision='bfloat16' if trainer.bfloat16 else 'float32')
 
 # %% ../nbs/05_workbook.ipynb #34d78216
