@@ -146,6 +146,30 @@ def test_orientation_follows_the_annotated_size(tmp_path, load):
         assert bottom_left > 250 if height == 64 else bottom_left < 5
 
 
+@pytest.mark.parametrize('seen', (False, True))
+def test_orientation_that_sizes_do_not_tell_is_that_of_the_split(tmp_path, load, seen):
+    from PIL import Image
+    load(coco())
+    pixels = np.zeros((64, 96, 3), np.uint8)
+    pixels[:20, :20] = 255
+    for name, orientation in (('upside_down', 3), ('turned', 6)):
+        exif = Image.Exif()
+        exif[274] = orientation
+        for kind in ('jpg', 'mpo'): Image.fromarray(pixels).save(tmp_path/'images'/f'{name}.{kind}', exif=exif, quality=95)
+    images = [dict(id=i, file_name=f'{name}.{kind}', height=height, width=width) for i, (name, kind, height, width) in enumerate(
+        [('upside_down', kind, 64, 96) for kind in ('jpg', 'mpo')] + [('turned', kind, *((96, 64) if seen else (64, 96))) for kind in ('jpg', 'mpo')])]
+    corners = [(76, 44), (76, 44), (44, 0), (44, 0)] if seen else [(0, 0)] * 4
+    annotations = [dict(image_id=i, category_id=1, bbox=[*corner, 20, 20]) for i, corner in enumerate(corners)]
+    detection_set = load(coco(images=images, annotations=annotations))[0]
+    assert len(detection_set) == 4
+    for i, (x, y) in enumerate(corners): assert detection_set.read(i)[y:y + 20, x:x + 20].mean() > 245
+
+
+def test_normalized_boxes_are_refused(load):
+    with pytest.raises(InputError, match='less than two pixels wide and high; write them in pixels'):
+        load(coco(annotations=[dict(image_id=1, category_id=1, bbox=[.1, .2, .3, .4])]))
+
+
 def test_crowds_reach_the_evaluator_only(load):
     crowd = dict(image_id=2, category_id=2, bbox=[0, 0, 50, 50], iscrowd=1, area=77)
     detection_set = load(coco(annotations=[coco()['annotations'][0], crowd]))[0]
