@@ -302,12 +302,12 @@ class ManyCandidates(DualLoss):
         auxiliary = self.auxiliary_weight * sum(self.many(outputs[6:], targets))
         return total + auxiliary, parts | {'auxiliary': auxiliary.item()}
 
-# %% ../nbs/03b_ablation.ipynb #0819eb99
+# %% ../nbs/03b_ablation.ipynb #9de42bcf
 LOSSES = {'GIoU': dict(box_loss=generalized_box_iou_loss), 'varifocal loss': dict(class_loss=varifocal_loss),
           'no small targets': dict(assigner=TaskAlignedAssigner(smallest=0.)),
           '13 candidates': dict(assigner=TaskAlignedAssigner(topk=13)), 'IoU to the 4th': dict(assigner=TaskAlignedAssigner(beta=4.))}
 
-CHANGES = {'no auxiliary branch': dict(auxiliary_weight=0.), 'auxiliary as heavy': dict(auxiliary_weight=1.), 'SGD': dict(optimizer='sgd', lr=0., weight_decay=0.),
+CHANGES = {'no auxiliary branch': dict(auxiliary_weight=0.), 'auxiliary as heavy': dict(auxiliary_weight=1.), 'SGD': dict(optimizer='sgd', lr=0., weight_decay=-1.),
            'half the rate': dict(rate=.5), 'twice the rate': dict(rate=2.), 'four times the rate': dict(rate=4.), 'decay 0.0005': dict(weight_decay=5e-4),
            'batch of 8': dict(batch_size=8), 'batch of 8, twice the rate': dict(batch_size=8, rate=2.),
            'memory of 100 steps, twice the rate': dict(beta2=.99, rate=2.), 'no mosaic': dict(mosaic=0.),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CORES', 'STAGES', 'Letterbox', 'decode_level', 'suppress', 'decode', 'npu_cores', 'LiteRuntime', 'read_frames',
-           'Pipeline', 'latency', 'read_size', 'run_board', 'main', 'plot_latency']
+           'Pipeline', 'latency', 'read_size', 'run_board', 'to_rows', 'check_file', 'main', 'plot_latency']
 
 # %% ../nbs/04c_board.ipynb #1a1d2835
 import argparse
@@ -262,7 +262,26 @@ def run_board(
     if not pipeline.times: raise ValueError(f'{source}: no image that decodes, or stopped before the first')
     return {**latency(pipeline, min(warmup, len(pipeline.times)//2)), 'model': Path(model).name, 'input_size': f'{size[0]}x{size[1]}'}, found
 
-# %% ../nbs/04c_board.ipynb #4f0d16a0
+# %% ../nbs/04c_board.ipynb #21344118
+def to_rows(
+    found:dict, # name of an image -> (boxes, scores, classes), as `run_board` gives it
+    classes:list=(), # their names; a class without one has its number alone
+)->dict: # name of an image -> a list of box (xyxy in its pixels), score, class_id (from 0), class_name
+    "Detections as JSON holds them"
+    def row(box, score, number):
+        name = dict(class_name=classes[number]) if number < len(classes) and classes[number] else {}
+        return dict(box=box.tolist(), score=float(score), class_id=int(number), **name)
+    return {image: [row(*one) for one in zip(*each)] for image, each in found.items()}
+
+# %% ../nbs/04c_board.ipynb #a61a345a
+def check_file(
+    path:str, # to be written
+):
+    "Make the folder of a file; raise `ValueError` where a file cannot be"
+    if Path(path).is_dir(): raise ValueError(f'{path}: is a folder; give a file')
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+
+# %% ../nbs/04c_board.ipynb #876dc856
 def main(
     arguments:list=None, # words of the command line, those of the process if None
 )->int: # exit code: 0 done, 2 wrong input
@@ -276,13 +295,13 @@ def main(
     parser.add_argument('--confidence', type=float, default=.3, help='least score')
     parser.add_argument('--json', help='file for the times')
     parser.add_argument('--detections', help='JSON file for what was found')
+    parser.add_argument('--classes', default='', help='their names in it, commas between them, in the order of the training data')
     a = parser.parse_args(arguments)
     try:
-        for path in filter(None, (a.json, a.detections)): Path(path).parent.mkdir(parents=True, exist_ok=True)
+        for path in filter(None, (a.json, a.detections)): check_file(path)
         numbers, found = run_board(a.model, a.source, a.input_size, a.cores, a.frames, a.confidence, keep=bool(a.detections))
         print(json.dumps(numbers, indent=2))
-        rows = {name: [dict(box=box.tolist(), score=float(s), class_id=int(c)) for box, s, c in zip(*each)] for name, each in found.items()}
-        for path, content in ((a.json, numbers), (a.detections, rows)):
+        for path, content in ((a.json, numbers), (a.detections, to_rows(found, a.classes.split(',')))):
             if not path: continue
             Path(f'{path}.part').write_text(json.dumps(content, indent=2) + '\n')
             Path(f'{path}.part').replace(path)

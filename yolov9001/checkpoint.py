@@ -33,7 +33,7 @@ def write_checkpoint(
         file.flush()
         os.fsync(file.fileno())  # on the disk before it takes the name, also if the power fails
 
-# %% ../nbs/01h_checkpoint.ipynb #7279003d
+# %% ../nbs/01h_checkpoint.ipynb #45c418e6
 def read_checkpoint(
     path:str|Path, # `best.pt` or `last.pt` of a run, or its folder for `best.pt`
     format:str='yolov9001', # what `Trainer.format` wrote into it
@@ -45,7 +45,9 @@ def read_checkpoint(
     except Exception as error:
         raise InputError(f'{path}: not a readable checkpoint ({type(error).__name__}); give the best.pt of a run') from None
     if not isinstance(checkpoint, dict) or checkpoint.get('format') != format or checkpoint['model'] not in CONFIGS:
-        raise InputError(f'{path}: a checkpoint of another model; give a best.pt that yolov9001 train wrote')
+        quantized = isinstance(checkpoint, dict) and checkpoint.get('format') == 'yolov9001-int8'
+        raise InputError(f'{path}: ' + ('of training on in INT8; use the model_int8.onnx of its run' if quantized else
+                                        'a checkpoint of another model; give a best.pt that yolov9001 train wrote'))
     return checkpoint
 
 # %% ../nbs/01h_checkpoint.ipynb #69b82616

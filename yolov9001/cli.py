@@ -88,36 +88,36 @@ def main(
         return 2
     return 0
 
-# %% ../nbs/06_cli.ipynb #1a0a37ac
+# %% ../nbs/06_cli.ipynb #abcb0b08
 @command
 def _run(*,
     out:str, # folder of the run
     data:str=None, # COCO folder, YOLO data.yaml, or 'digits' for the embedded set
     config:str=None, # config.yaml to start from, or the folder of a run
     p:list=None, # name=value, any of the parameters below; may be repeated
-    resume:bool=False, # continue the run in --out
+    resume:bool=False, # continue the run in --out, with its configuration
     overwrite:bool=False, # start anew although --out holds a run
 ):
     "Train, quantize, compile, simulate, report"
-    settings = run_config(data, out, config, p)         # a wrong word need not wait for PyTorch
+    settings = run_config(data, out, config, p, resume)         # a wrong word need not wait for PyTorch
     from yolov9001.workbook import run
     print(f'report: {run(settings, resume, overwrite)}')
 
-# %% ../nbs/06_cli.ipynb #1b8c1d37
+# %% ../nbs/06_cli.ipynb #2b0915f5
 @command
 def _train(*,
     out:str, # folder of the run
     data:str=None, # COCO folder, YOLO data.yaml, or 'digits' for the embedded set
     config:str=None, # config.yaml to start from, or the folder of a run
     p:list=None, # name=value, any of the parameters below; may be repeated
-    resume:bool=False, # continue the run in --out
+    resume:bool=False, # continue the run in --out, with its configuration
     overwrite:bool=False, # start anew although --out holds a run
     devices:str='auto', # processes on this host, one a device: auto for all GPUs (one process where there is none, or -p device names one), or a number
     hosts:str='', # addresses of all hosts, commas between them; start the same command on each, again after a failure
     address:str='', # of this host in --hosts, found if it has only one of them
 ):
     "Train, evaluate and export, on one device or on many"
-    settings = run_config(data, out, config, p)
+    settings = run_config(data, out, config, p, resume)
     from yolov9001.cluster import make_plan
     from yolov9001.workbook import distribute, train_stage
     plan = make_plan(devices, hosts, address, settings.device)
@@ -127,7 +127,7 @@ def _train(*,
     print_json(data=metrics)
     print(f'wrote {out}/best.pt and {out}/model.onnx')
 
-# %% ../nbs/06_cli.ipynb #e370a309
+# %% ../nbs/06_cli.ipynb #a1815752
 @command
 def _quantize(
     run:str, # folder of a run, or its best.pt
@@ -145,6 +145,8 @@ def _quantize(
     wrong = [word for word in p or [] if word.split('=')[0] in TRAINED - {'data', 'out'}]
     if wrong: raise InputError(f'parameter {wrong[0]!r}: of the training, which is over; train anew to change it')
     settings = run_config(data, run, run, p)
+    if not data and settings.data != 'digits' and not Path(settings.data).exists():
+        raise InputError(f'{settings.data}: not there, seen from here, but {run}/config.yaml names it; give --data')
     from yolov9001.report import write_report
     from yolov9001.train import load_data
     from yolov9001.workbook import agreement_stage, quantize_stage, sensitivity_stage
@@ -215,12 +217,12 @@ def _export(
     size = parse_size(input_size or known['input_size'])
     print(f"wrote {export_onnx(model, out, known['class_names'], size)}")
 
-# %% ../nbs/06_cli.ipynb #1121d5c0
+# %% ../nbs/06_cli.ipynb #cbcd63c5
 @command
 def _bench(
     model:str, # .onnx file with one image input of fixed size
     *,
-    target:str='rk3588', # rk3588, rk3576, rk3566, rk3568, rk3562, rv1126b, rv1103 or rv1106; several with commas
+    target:str='rk3588', # rk3588, rk3576, rk3566, rk3568, rk3562, rv1126b, rv1103 or rv1106; several with commas; times are estimated for rk3588 alone
     board:str=None, # host or host:port of a board's adb: run there too (rknn_server must run on it)
     json:str=None, # file for the numbers
 ):
@@ -235,7 +237,7 @@ def _bench(
     if not board and len(numbers) == 1: numbers = numbers[0]
     print_json(data=numbers)
     if json: write_json(numbers, json)
-    print('estimated milliseconds come from the compiler, they are no measurement')
+    if not board and 'rk3588' in chips: print('estimated milliseconds come from the compiler, they are no measurement')
 
 # %% ../nbs/06_cli.ipynb #ef9b734f
 @command

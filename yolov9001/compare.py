@@ -6,7 +6,7 @@
 __all__ = ['measure', 'Budget', 'resolve_decode', 'split_model', 'is_ours', 'own_config', 'obtain', 'model_name', 'given_file',
            'compare_one', 'read_rows', 'summarize', 'plot_comparison', 'check_model', 'check_comparison', 'compare']
 
-# %% ../nbs/04a_compare.ipynb #81aafc4c
+# %% ../nbs/04a_compare.ipynb #b326e003
 import hashlib
 import json
 import os
@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import onnx
 import pandas as pd
+import torch
 
 from yolov9001.checkpoint import check_classes, load_model
 from yolov9001.config import TrainConfig, check_values, make_config
@@ -108,7 +109,7 @@ def own_config(
     check_values(config)
     return config
 
-# %% ../nbs/04a_compare.ipynb #6a1d7436
+# %% ../nbs/04a_compare.ipynb #8666e9f7
 def obtain(
     model:str, # a key of `CONFIGS` or a detector of ultralytics, with settings behind it (`split_settings`), or 'model.onnx[=package.module:function]'
     seed:int, # of the training
@@ -125,7 +126,7 @@ def obtain(
         return export_onnx(network, out/'model.onnx', known['class_names'], size), decode, seconds
     splits = {split: load_split(budget.data, split) for split in ('train', 'val')}
     data = write_yolo(splits, out.parent/'yolo_data')
-    best = train_peer(model, data, out, budget.epochs, budget.input_size, budget.batch_size, seed)
+    best = train_peer(model, data, out, budget.epochs, budget.input_size, budget.batch_size, seed, '0' if torch.cuda.is_available() else 'cpu')
     path = export_peer(model, out/'model.onnx', splits['train'].class_names, size, best)
     return path, decode_peer, peer_seconds(best.parents[1]/'results.csv')
 

@@ -19,7 +19,7 @@ from .core import InputError, write_whole
 # %% ../nbs/01f_config.ipynb #f63008c2
 OPTIMIZERS = {'adamw': dict(lr=.004), 'sgd': dict(lr=.02, weight_decay=5e-4)}
 
-# %% ../nbs/01f_config.ipynb #1a5b95fe
+# %% ../nbs/01f_config.ipynb #b74a8e5d
 @dataclass
 class TrainConfig:
     "What a training depends on, besides the images"
@@ -34,7 +34,7 @@ class TrainConfig:
     optimizer:str = 'adamw'         # adamw or sgd
     lr:float = 0.                   # peak learning rate, 0 for the optimizer's own: adamw 0.004, sgd 0.02
     final_lr:float = .01            # learning rate at the end, as a part of `lr`
-    weight_decay:float = 0.         # 0 for the optimizer's own: adamw forgets in a quarter of the run, sgd 0.0005
+    weight_decay:float = -1.        # of convolutions, -1 for the optimizer's own: sgd 0.0005, adamw 0.05 with `weights`, else what forgets in a quarter of the run
     beta2:float = .999              # AdamW remembers the size of gradients over 1 / (1 - beta2) steps
     warmup_epochs:float = 3.        # linear rise of the learning rate, at most a tenth of the run
     ema_decay:float = .9998         # upper limit of the moving average's decay
@@ -111,9 +111,9 @@ def config_of_notebook(
         if near: raise InputError(f'parameter {name!r}: unknown; did you mean {near[0]}?')
     return make_config(kind, {name: variables[name] for name in known})
 
-# %% ../nbs/01f_config.ipynb #e852a170
+# %% ../nbs/01f_config.ipynb #59a5faec
 _LEAST = dict(epochs=1, batch_size=1, device_batch=0, save_every=1, evaluate_every=1, close_mosaic=0, seed=0, workers=-1,
-              lr=0, weight_decay=0, warmup_epochs=0, auxiliary_weight=0)
+              lr=0, weight_decay=-1, warmup_epochs=0, auxiliary_weight=0)
 _MOST = dict(seed=2**63 - 1, final_lr=1, beta2=.9999, ema_decay=1, mosaic=1, scale=.9, translate=.5, hue=1, saturation=1, value=1, flip=1, flip_vertical=1)  # from 0 on
 _CHOICES = dict(optimizer=tuple(OPTIMIZERS), precision=('auto', 'float32', 'bfloat16'), sync_batchnorm=('auto', 'yes', 'no'), gradient_bits=(32, 16))
 
@@ -132,7 +132,7 @@ def check_values(
     for name, known in choices.items():
         if getattr(config, name) not in known: raise InputError(f"{name} {getattr(config, name)!r}: unknown; use one of {', '.join(map(str, known))}")
 
-# %% ../nbs/01f_config.ipynb #9a958f5f
+# %% ../nbs/01f_config.ipynb #55fc9fdb
 _FREE = 'out', 'device', 'workers', 'device_batch', 'save_every'  # may change when a run goes on
 
 def _meaning(name, config):
@@ -140,7 +140,8 @@ def _meaning(name, config):
     value = config[name]
     if name in ('data', 'weights'): return Path(value).resolve()
     if name == 'input_size': return (str(value).lower().split('x') * 2)[:2]
-    return value or OPTIMIZERS.get(config['optimizer'], {}).get(name, value)
+    own = OPTIMIZERS.get(config['optimizer'], {}).get(name, value)
+    return own if value == getattr(TrainConfig, name) else value
 
 def check_same(
     path:str|Path, # of the checkpoint
@@ -175,17 +176,19 @@ def read_config(
     if not isinstance(values, dict): raise InputError(f'{path}: holds no names; {remedy}')
     return make_config(RunConfig, values)
 
-# %% ../nbs/01f_config.ipynb #7dec71d7
+# %% ../nbs/01f_config.ipynb #d67ac47c
 def run_config(
     data:str|None, # COCO folder, YOLO data.yaml, or 'digits'
     out:str, # folder of the run
     config:str|None=None, # config.yaml to start from, or the folder of a run
     p:list=None, # words `name=value`
+    resume:bool=False, # start from `config.yaml` in `out`, if there is one and no other is named
 )->RunConfig: # raises `InputError` for unknown names and values of another type
     "Configuration from the words of a command line"
     for word in p or []:
         if '=' not in word: raise InputError(f'parameter {word!r}: no value; write -p name=value')
         if word.split('=')[0] in ('data', 'out'): raise InputError(f"parameter {word!r}: write --{word.replace('=', ' ', 1)}")
+    if resume and not config and (Path(out)/'config.yaml').is_file(): config = out
     if not (data or config): raise InputError("no --data: give a COCO folder, a YOLO data.yaml, or 'digits'")
     values = asdict(read_config(config)) if config else {}
     values |= dict(out=out) | (dict(data=data) if data else {})

@@ -45,7 +45,7 @@ class EMA:
             if average.is_floating_point(): average.lerp_(value, 1 - decay)
             else: average.copy_(value)
 
-# %% ../nbs/01g_optimize.ipynb #b8e214d1
+# %% ../nbs/01g_optimize.ipynb #a8077f9d
 def weight_decay(
     config:TrainConfig, # its `optimizer` and `weight_decay`
     steps:int, # of the whole run
@@ -53,7 +53,7 @@ def weight_decay(
     "The decay asked for, or the optimizer's own: AdamW forgets in a quarter of the run, at least 100 steps, and keeps weights that it was given"
     rate = max(config.lr, OPTIMIZERS['adamw']['lr'])        # a small one is asked for by those who forget less
     forgetting = .05 if config.weights else 1 / (rate * max(steps / 4, 100))
-    return config.weight_decay or OPTIMIZERS[config.optimizer].get('weight_decay', forgetting)
+    return config.weight_decay if config.weight_decay >= 0 else OPTIMIZERS[config.optimizer].get('weight_decay', forgetting)
 
 # %% ../nbs/01g_optimize.ipynb #0d9b8ab2
 def make_optimizer(

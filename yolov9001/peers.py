@@ -7,7 +7,7 @@ __all__ = ['PEERS', 'ultralytics_version', 'peer_names', 'split_settings', 'peer
            'peer_distances', 'peer_boxes', 'decode_peer', 'export_published', 'measure_published', 'write_yolo',
            'train_peer', 'peer_seconds']
 
-# %% ../nbs/03d_peers.ipynb #01f74f7b
+# %% ../nbs/03d_peers.ipynb #caec30df
 import json
 import os
 import re
@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import cv2
 import numpy as np
 import onnx
 import pandas as pd
@@ -355,18 +356,26 @@ def write_yolo(
             os.replace(_copy_yolo(splits, Path(made)/'whole', folder), folder)
     return folder/'data.yaml'
 
-# %% ../nbs/03d_peers.ipynb #634c3fea
+# %% ../nbs/03d_peers.ipynb #6ef645fa
 def _copy_yolo(splits, into, place):
     "The copy in the folder `into`, from where it moves to `place`"
     for split, images in splits.items():
         for part in ('images', 'labels'): (into/part/split).mkdir(parents=True)
         for i, record in enumerate(tqdm(images.records, desc=f'copy {split}', leave=False)):
-            shutil.copyfile(record.path, into/'images'/split/f'{i:07}{record.path.suffix}')
+            _copy_image(images, i, into/'images'/split/f'{i:07}')
             (into/'labels'/split/f'{i:07}.txt').write_text(_yolo_lines(record))
     content = dict(path=str(place.resolve())) | {split: f'images/{split}' for split in splits}
     content['names'] = dict(enumerate(splits['train'].class_names))
     (into/'data.yaml').write_text(yaml.safe_dump(content, allow_unicode=True, sort_keys=False), encoding='utf-8')
     return into
+
+# %% ../nbs/03d_peers.ipynb #cf0f991f
+def _copy_image(images, i, stem):
+    "Image `i` of a set, as a file whose name begins with `stem`"
+    path = images.records[i].path
+    theirs = cv2.imread(str(path))
+    if theirs is None or np.array_equal(theirs[..., ::-1], images.read(i)): shutil.copyfile(path, f'{stem}{path.suffix}')
+    else: cv2.imwrite(f'{stem}.png', images.read(i)[..., ::-1])
 
 # %% ../nbs/03d_peers.ipynb #e21f73a8
 def _yolo_lines(record):
@@ -375,14 +384,15 @@ def _yolo_lines(record):
     rows = np.column_stack([record.classes, (x1 + x2)/2/size[0], (y1 + y2)/2/size[1], (x2 - x1)/size[0], (y2 - y1)/size[1]])
     return ''.join(f'{int(c)} {x:.6f} {y:.6f} {w:.6f} {h:.6f}\n' for c, x, y, w, h in rows)
 
-# %% ../nbs/03d_peers.ipynb #b9f9f79e
+# %% ../nbs/03d_peers.ipynb #43aaa86c
 def _train_job(name, data, out, epochs, size, batch_size, seed, device, settings):
     "In the job: train from random weights by the default recipe and what `settings` change in it, or go on where it stopped"
     from ultralytics import YOLO
     last = Path(out)/'weights'/'last.pt'
     if last.exists(): return YOLO(last).train(resume=True)
-    YOLO(f'{name}.yaml').train(data=data, epochs=epochs, imgsz=size, batch=batch_size, seed=seed, device=device, pretrained=False,
-                               workers=0, plots=False, amp=False, project=str(Path(out).parent), name=Path(out).name, exist_ok=True, **settings)
+    YOLO(f'{name}.yaml').train(data=data, epochs=epochs, patience=epochs, imgsz=size, batch=batch_size, seed=seed, device=device, pretrained=False,
+                               workers=0 if device == 'cpu' else 4, plots=False, amp=False, project=str(Path(out).parent),     # its check of AMP downloads a file
+                               name=Path(out).name, exist_ok=True, **settings)
 
 # %% ../nbs/03d_peers.ipynb #9e650b0c
 def train_peer(

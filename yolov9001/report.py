@@ -6,7 +6,7 @@
 __all__ = ['EVALUATIONS', 'PANEL', 'save_evaluation', 'read_evaluations', 'embed', 'plot_history', 'plot_classes',
            'count_unmatched', 'draw_side_by_side', 'versions', 'report_pictures', 'report_mistakes', 'write_report']
 
-# %% ../nbs/04b_report.ipynb #d7313fc7
+# %% ../nbs/04b_report.ipynb #4365a17d
 import base64
 import dataclasses
 import importlib.metadata
@@ -31,7 +31,7 @@ from yolov9001.core import InputError, LazyModule, write_json, write_whole
 from yolov9001.data import DetectionSet, fit_image
 from yolov9001.evaluate import Detections, Evaluation, draw_detections, font_with, from_results
 from yolov9001.quantize import FIDELITY_IMAGES, plot_fidelity
-from yolov9001.latency import plot_layers
+from yolov9001.latency import PUBLISHED, plot_layers
 from yolov9001.mistakes import mistake_costs, plot_mistakes, recall_by_size
 
 sns = LazyModule('seaborn')
@@ -134,16 +134,18 @@ def versions(
     installed = {d.metadata['Name'].lower(): d.version for d in importlib.metadata.distributions() if d.metadata['Name']}
     return {'python': platform.python_version(), **{name: installed.get(name, 'not installed') for name in names}}
 
-# %% ../nbs/04b_report.ipynb #0b3a1af8
+# %% ../nbs/04b_report.ipynb #ea7045a0
 _PAGE = jinja2.Template('''<!doctype html><html lang="en"><meta charset="utf-8"><title>YOLOv9001 · {{ name }}</title>
 <style>body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}img{max-width:100%}
 table{border-collapse:collapse}td,th{padding:.2em .9em;text-align:left;border-bottom:1px solid #ddd}.big{font-size:2em}.note{color:#666}</style>
 <h1>YOLOv9001 on {{ config.data }}</h1>
 <table><tr>{% for text in evaluations %}<th>{{ text }}{% endfor %}<tr>
 {% for e in evaluations.values() %}<td class="big">{{ '%.1f'|format(e.map) }}{% endfor %}</table>
-<p>AP50-95 on {{ m.images_val }} images of the val split. INT8 by the vendor's simulator; nothing was run on hardware.</p>
+<p>AP50-95 on {{ m.images_val }} images of the val split. INT8 by the vendor's simulator; nothing was run on hardware.{% if kept %}
+model_int8.onnx and model.rknn are <b>{{ kept }}</b>{{ ', no worse than the other on val' if evaluations|length > 2 }}.{% endif %}</p>
 {% if m.estimated_ms %}<p><b>{{ 'more than ' if m.cpu_layers }}{{ '%.1f'|format(m.estimated_ms) }} ms</b> <span class="note">estimated for one RK3588 core at {{ config.input_size }},
-{% if m.cpu_layers %}without its layers on the CPU, which nothing was fitted on{% else %}{{ '%.1f'|format(m.estimated_ms_low) }} to {{ '%.1f'|format(m.estimated_ms_high) }} by the worst error of the fit{% endif %}</span></p>{% endif %}
+{% if m.cpu_layers %}without its layers on the CPU, which nothing was fitted on{% else %}{{ '%.1f'|format(m.estimated_ms_low) }} to {{ '%.1f'|format(m.estimated_ms_high) }} by the worst error of the fit,
+whose {{ published|length }} networks take {{ '%.0f to %.0f'|format(1000/published|max, 1000/published|min) }} ms at 640 pixels; what is faster or smaller is extrapolated{% endif %}</span></p>{% endif %}
 <p>{{ m.npu_layers }} layers on the NPU, {{ m.cpu_layers }} on the CPU, {{ m.float_layers }} not in INT8.</p>
 <h2>Detections</h2><p class="note">Ground truth, {{ evaluations|join(', ') }} (score above {{ confidence }})</p>
 {% for picture in pictures %}<p><img src="{{ picture }}"></p>{% endfor %}
@@ -153,7 +155,7 @@ table{border-collapse:collapse}td,th{padding:.2em .9em;text-align:left;border-bo
 <h2>What goes wrong</h2><p class="note">AP50 that an oracle would gain by mending one kind of mistake, and objects found with a score above {{ confidence }}, by their size</p>
 <img src="{{ mistakes }}"><h2>Training</h2><img src="{{ history }}">
 <h2>Quantization, tensor by tensor</h2><p class="note">Of the calibrated model on {{ samples }} images of the val split</p><img src="{{ fidelity }}">
-<h2>The twin and the simulator</h2><p class="note">Output codes of the last INT8 model on {{ samples }} images of the val split;
+<h2>The twin and the simulator</h2><p class="note">Output codes of the INT8 model that was kept on {{ samples }} images of the val split;
 {% if tensors %}on the right every stored tensor of the calibrated one{% else %}tensor by tensor: yolov9001 quantize RUN --agreement{% endif %}</p><img src="{{ agreement }}">
 <h2>Where time and bytes go</h2><p class="note">Estimated, from the compiler's layer table (layers.csv){% if not m.estimated_ms %};
 the prices are those of an RK3588, for which alone they were fitted{% endif %}</p><img src="{{ layers }}">
@@ -191,7 +193,7 @@ def report_mistakes(
     return plot_mistakes(pd.DataFrame({name: mistake_costs(part, own) for name, own in kept.items()}).T,
                          {name: recall_by_size(part, own) for name, own in kept.items()})
 
-# %% ../nbs/04b_report.ipynb #573da2ce
+# %% ../nbs/04b_report.ipynb #7302afa8
 def write_report(
     folder:str|Path, # of a run; raises `InputError` when a stage's file is missing
     detection_set:DetectionSet, # its val split
@@ -209,8 +211,9 @@ def write_report(
     ids = [r.image_id for r in detection_set.records]
     found, shown = ({name: from_results(e['detections'], ids, detection_set.category_ids, least) for name, e in evaluations.items()}
                     for least in (0., confidence))
+    numbers = json.loads((folder/'metrics.json').read_text())
     page = _PAGE.render(
-        name=folder.name, m=json.loads((folder/'metrics.json').read_text()), versions=versions(), evaluations=evaluations,
+        name=folder.name, m=numbers, kept=EVALUATIONS.get(numbers.get('kept')), published=[*PUBLISHED.values()], versions=versions(), evaluations=evaluations,
         config=yaml.safe_load((folder/'config.yaml').read_text()), confidence=confidence, samples=FIDELITY_IMAGES,
         classes=embed(plot_classes(evaluations)), mistakes=embed(report_mistakes(detection_set, found)), history=embed(plot_history(table('history'))),
         fidelity=embed(plot_fidelity(table('fidelity'), table('weight_ranges'))),
