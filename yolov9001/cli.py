@@ -92,7 +92,7 @@ def main(
 @command
 def _run(*,
     out:str, # folder of the run
-    data:str=None, # COCO folder, YOLO data.yaml, or 'digits' for the embedded set
+    data:str=None, # COCO or VOC folder, YOLO data.yaml, or 'digits' for the embedded set
     config:str=None, # config.yaml to start from, or the folder of a run
     p:list=None, # name=value, any of the parameters below; may be repeated
     resume:bool=False, # continue the run in --out, with its configuration
@@ -107,7 +107,7 @@ def _run(*,
 @command
 def _train(*,
     out:str, # folder of the run
-    data:str=None, # COCO folder, YOLO data.yaml, or 'digits' for the embedded set
+    data:str=None, # COCO or VOC folder, YOLO data.yaml, or 'digits' for the embedded set
     config:str=None, # config.yaml to start from, or the folder of a run
     p:list=None, # name=value, any of the parameters below; may be repeated
     resume:bool=False, # continue the run in --out, with its configuration
@@ -132,7 +132,7 @@ def _train(*,
 def _quantize(
     run:str, # folder of a run, or its best.pt
     *,
-    data:str=None, # COCO folder or YOLO data.yaml, if it is elsewhere than when the run was trained
+    data:str=None, # COCO or VOC folder, or YOLO data.yaml, if it is elsewhere than when the run was trained
     p:list=None, # name=value, any of the parameters below; may be repeated
     resume:bool=False, # continue an interrupted quantization-aware training
     sensitivity:bool=False, # only tell which layers lose most when they alone are quantized
@@ -171,7 +171,7 @@ def _quantize(
 def _val(
     model:str, # best.pt or model.onnx, or the folder of a run for its best.pt
     *,
-    data:str, # COCO folder or YOLO data.yaml
+    data:str, # COCO or VOC folder, or YOLO data.yaml
     split:str='val', # train, val or test
 ):
     "Evaluate a model"
@@ -242,7 +242,7 @@ def _bench(
 # %% ../nbs/06_cli.ipynb #ef9b734f
 @command
 def _compare(*,
-    data:str, # COCO folder or YOLO data.yaml
+    data:str, # COCO or VOC folder, or YOLO data.yaml
     models:str='ours,yolov8n,yolo11n', # with commas: ours, a configuration, a detector of ultralytics, each with settings of its training or without (ours+lr=0.008, yolov8n+nbs=16), model.onnx[=module:function]
     out:str='runs/compare', # folder of the runs and the table; resumed if it exists
     seeds:str='0', # with commas

@@ -59,7 +59,7 @@ def measure(
 @dataclass(frozen=True)
 class Budget:
     "What all models of a comparison share"
-    data:str              # COCO folder, or a YOLO data.yaml
+    data:str              # COCO or VOC folder, or a YOLO data.yaml
     input_size:int=320    # side of the square input, a multiple of 32
     epochs:int=60         # passes over the training images
     batch_size:int=16     # images a step

@@ -23,7 +23,7 @@ OPTIMIZERS = {'adamw': dict(lr=.004), 'sgd': dict(lr=.02, weight_decay=5e-4)}
 @dataclass
 class TrainConfig:
     "What a training depends on, besides the images"
-    data:str = 'digits'             # COCO folder, YOLO data.yaml, or 'digits' for the embedded set
+    data:str = 'digits'             # COCO or VOC folder, YOLO data.yaml, or 'digits' for the embedded set
     out:str = 'runs/train'          # folder of the run
     model:str = 'np'                # np, or plain_s, plain_m, plain_l, patch_m, ref: `CONFIGS` of 01_model
     weights:str = ''                # best.pt of another run to begin from, of any classes and size; random if empty
@@ -178,7 +178,7 @@ def read_config(
 
 # %% ../nbs/01f_config.ipynb #d67ac47c
 def run_config(
-    data:str|None, # COCO folder, YOLO data.yaml, or 'digits'
+    data:str|None, # COCO or VOC folder, YOLO data.yaml, or 'digits'
     out:str, # folder of the run
     config:str|None=None, # config.yaml to start from, or the folder of a run
     p:list=None, # words `name=value`
@@ -189,7 +189,7 @@ def run_config(
         if '=' not in word: raise InputError(f'parameter {word!r}: no value; write -p name=value')
         if word.split('=')[0] in ('data', 'out'): raise InputError(f"parameter {word!r}: write --{word.replace('=', ' ', 1)}")
     if resume and not config and (Path(out)/'config.yaml').is_file(): config = out
-    if not (data or config): raise InputError("no --data: give a COCO folder, a YOLO data.yaml, or 'digits'")
+    if not (data or config): raise InputError("no --data: give a COCO or VOC folder, a YOLO data.yaml, or 'digits'")
     values = asdict(read_config(config)) if config else {}
     values |= dict(out=out) | (dict(data=data) if data else {})
     return make_config(RunConfig, values | dict(word.split('=', 1) for word in p or []))
