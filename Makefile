@@ -33,7 +33,7 @@ cluster: .venv/installed
 check-export: .venv/installed
 	$(BIN)/python tests/check_export.py
 
-# rknn-toolkit2 declares old torch and opencv, works with current ones, and runs on x86-64 Linux only: it comes without its pins
+# rknn-toolkit2 declares old torch and opencv, works with current ones, and was tried on x86-64 Linux only: it comes without its pins
 .venv/installed: settings.ini setup.py
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON): not found; install Python 3.11, or say make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
