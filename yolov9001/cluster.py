@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REFERENCE_BATCH', 'Plan', 'count_devices', 'own_addresses', 'make_plan', 'torchrun_words', 'torchrun_environment',
            'survive', 'launch', 'describe_device', 'require_one_type', 'bytes_per_image', 'free_bytes', 'fitting_batch',
-           'scaled_rate', 'agree', 'begun', 'told_by_first', 'negotiate', 'projected_efficiency', 'training_flops',
+           'scaled_rate', 'agree', 'told_by_first', 'begun', 'negotiate', 'projected_efficiency', 'training_flops',
            'projected_hours']
 
 # %% ../nbs/02a_cluster.ipynb #4c82c69e
@@ -223,7 +223,15 @@ def agree(
     if images: batch = min(batch, 2 ** max(4, math.floor(math.log2(images / 16))))
     return replace(config, batch_size=batch, device_batch=least, lr=config.lr or scaled_rate(config.optimizer, batch))
 
-# %% ../nbs/02a_cluster.ipynb #8f50d278
+# %% ../nbs/02a_cluster.ipynb #014bb71d
+def told_by_first(
+    config:TrainConfig, # of the run
+)->TrainConfig: # with the batch and the learning rate of the first process
+    "What every process begins with"
+    first = World(config.device).send({name: getattr(config, name) for name in ('batch_size', 'device_batch', 'lr')})
+    return replace(config, **first)
+
+# %% ../nbs/02a_cluster.ipynb #cf0b7987
 def begun(
     config:TrainConfig, # of the run
     world:World, # the processes
@@ -235,13 +243,6 @@ def begun(
     _, known = max(world.gather((reached, known)), key=lambda row: row[0])
     if config.batch_size or not known: return config
     return replace(config, batch_size=known['batch_size'], lr=known['lr'])
-
-def told_by_first(
-    config:TrainConfig, # of the run
-)->TrainConfig: # with the batch and the learning rate of the first process
-    "Take what the first process was told: a host that was alone wrote down what it found, which others do not know"
-    first = World(config.device).send({name: getattr(config, name) for name in ('batch_size', 'device_batch', 'lr')})
-    return replace(config, **first)
 
 def negotiate(
     config:TrainConfig, # of the run, the same on all processes
