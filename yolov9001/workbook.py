@@ -39,12 +39,14 @@ from .rk3588_bench import TARGETS, Npu, simulate_file, toolkit_version
 from .train import load_data, predictor, prepare
 from .twin import Twin
 
-# %% ../nbs/05_workbook.ipynb #e37a2127
+# %% ../nbs/05_workbook.ipynb #71c9f504
 def check_config(
     config:RunConfig, # of a run
 ):
     "Raise `InputError` for values that a stage would refuse"
-    parse_size(config.input_size); pick_device(config.device)
+    parse_size(config.input_size)
+    known = config.device == 'auto' or config.device == 'cuda' and torch.cuda.is_available()
+    if not known: pick_device(config.device)               # to try a GPU takes memory of it, in every process
     check_values(replace(config, batch_size=config.batch_size or 1))       # 0 is found by the processes
     check_values(config, dict(calibration_images=1, qat_epochs=0, qat_lr=1e-9, distillation=0), {}, dict(target=TARGETS, calibration=CALIBRATIONS))
 
