@@ -273,15 +273,17 @@ def to_rows(
         return dict(box=box.tolist(), score=float(score), class_id=int(number), **name)
     return {image: [row(*one) for one in zip(*each)] for image, each in found.items()}
 
-# %% ../nbs/04c_board.ipynb #a61a345a
+# %% ../nbs/04c_board.ipynb #f3e7c1ab
 def check_file(
     path:str, # to be written
 ):
-    "Make the folder of a file; raise `ValueError` where a file cannot be"
+    "Make the folder of a file; raise `ValueError` or `OSError` where a file cannot be"
     if Path(path).is_dir(): raise ValueError(f'{path}: is a folder; give a file')
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(f'{path}.part').touch()
+    Path(f'{path}.part').unlink()
 
-# %% ../nbs/04c_board.ipynb #876dc856
+# %% ../nbs/04c_board.ipynb #073cea02
 def main(
     arguments:list=None, # words of the command line, those of the process if None
 )->int: # exit code: 0 done, 2 wrong input
@@ -297,11 +299,12 @@ def main(
     parser.add_argument('--detections', help='JSON file for what was found')
     parser.add_argument('--classes', default='', help='their names in it, commas between them, in the order of the training data')
     a = parser.parse_args(arguments)
+    if a.classes and not a.detections: parser.error('--classes: names for --detections, which is not given')
     try:
         for path in filter(None, (a.json, a.detections)): check_file(path)
         numbers, found = run_board(a.model, a.source, a.input_size, a.cores, a.frames, a.confidence, keep=bool(a.detections))
         print(json.dumps(numbers, indent=2))
-        for path, content in ((a.json, numbers), (a.detections, to_rows(found, a.classes.split(',')))):
+        for path, content in ((a.json, numbers), (a.detections, to_rows(found, [name.strip() for name in a.classes.split(',')]))):
             if not path: continue
             Path(f'{path}.part').write_text(json.dumps(content, indent=2) + '\n')
             Path(f'{path}.part').replace(path)

@@ -111,7 +111,7 @@ def config_of_notebook(
         if near: raise InputError(f'parameter {name!r}: unknown; did you mean {near[0]}?')
     return make_config(kind, {name: variables[name] for name in known})
 
-# %% ../nbs/01f_config.ipynb #59a5faec
+# %% ../nbs/01f_config.ipynb #fa3970f4
 _LEAST = dict(epochs=1, batch_size=1, device_batch=0, save_every=1, evaluate_every=1, close_mosaic=0, seed=0, workers=-1,
               lr=0, weight_decay=-1, warmup_epochs=0, auxiliary_weight=0)
 _MOST = dict(seed=2**63 - 1, final_lr=1, beta2=.9999, ema_decay=1, mosaic=1, scale=.9, translate=.5, hue=1, saturation=1, value=1, flip=1, flip_vertical=1)  # from 0 on
@@ -128,6 +128,7 @@ def check_values(
         if not low <= getattr(config, name) < math.inf: raise InputError(f'{name} {getattr(config, name)}: must be at least {low}')
     for name, high in most.items():
         if not 0 <= getattr(config, name) <= high: raise InputError(f'{name} {getattr(config, name)}: must be 0 to {high}')
+    if -1 < config.weight_decay < 0: raise InputError(f"weight_decay {config.weight_decay}: must be at least 0, or -1 for the optimizer's own")
     if str(config.input_size).lower() in ('32', '32x32'): raise InputError('input_size 32: its coarsest map is one pixel, too little for BatchNorm; use at least 32x64')
     for name, known in choices.items():
         if getattr(config, name) not in known: raise InputError(f"{name} {getattr(config, name)!r}: unknown; use one of {', '.join(map(str, known))}")
@@ -176,20 +177,22 @@ def read_config(
     if not isinstance(values, dict): raise InputError(f'{path}: holds no names; {remedy}')
     return make_config(RunConfig, values)
 
-# %% ../nbs/01f_config.ipynb #d67ac47c
+# %% ../nbs/01f_config.ipynb #f86a46c9
 def run_config(
     data:str|None, # COCO or VOC folder, YOLO data.yaml, or 'digits'
     out:str, # folder of the run
     config:str|None=None, # config.yaml to start from, or the folder of a run
     p:list=None, # words `name=value`
-    resume:bool=False, # start from `config.yaml` in `out`, if there is one and no other is named
+    resume:bool=False, # start from `config.yaml` of the run in `out`, if there is one and no other is named
 )->RunConfig: # raises `InputError` for unknown names and values of another type
     "Configuration from the words of a command line"
     for word in p or []:
         if '=' not in word: raise InputError(f'parameter {word!r}: no value; write -p name=value')
         if word.split('=')[0] in ('data', 'out'): raise InputError(f"parameter {word!r}: write --{word.replace('=', ' ', 1)}")
-    if resume and not config and (Path(out)/'config.yaml').is_file(): config = out
+    begun = resume and not config and all((Path(out)/name).is_file() for name in ('config.yaml', 'last.pt'))
+    if begun: config = out
     if not (data or config): raise InputError("no --data: give a COCO or VOC folder, a YOLO data.yaml, or 'digits'")
     values = asdict(read_config(config)) if config else {}
     values |= dict(out=out) | (dict(data=data) if data else {})
+    if begun and 'batch_size=0' in (p or []): values |= dict(lr=0., device_batch=0)         # they were found with the batch
     return make_config(RunConfig, values | dict(word.split('=', 1) for word in p or []))

@@ -288,10 +288,11 @@ def _load_coco(root, split):
     categories = {row['id']: str(row['name']) for row in content['categories']}
     return _detection_set(root, split, path, categories, images, rows, skipped)
 
-# %% ../nbs/01a_data.ipynb #d43f48bc
+# %% ../nbs/01a_data.ipynb #af630ed5
 def _annotated_images(listed, paths, skipped):
     "The `images` of `_detection_set`"
-    heads, sizes = _image_heads(paths), [(row['height'], row['width']) for row in listed]
+    heads = _image_heads(paths)
+    sizes = [(row['height'], row['width']) if row['height'] or not head else _as_seen(*head) for row, head in zip(listed, heads)]
     as_stored = any(head and size == head[0] != _as_seen(*head) for head, size in zip(heads, sizes))
     images = []
     for row, file, head, size in zip(listed, paths, heads, sizes):
@@ -382,7 +383,7 @@ def _load_yolo(path, split):
             images.append((len(images) + 1, file, *seen, head[1]))
     return _detection_set(path.parent, split, path, content['names'], images, rows, skipped)
 
-# %% ../nbs/01a_data.ipynb #3070ff1c
+# %% ../nbs/01a_data.ipynb #1c36eb22
 def _read_voc(path):
     "(height, width) and objects (class name, xyxy, difficult) of one image"
     try: tree = ElementTree.fromstring(_read_text(path))
@@ -393,25 +394,31 @@ def _read_voc(path):
     size, objects = numbers(tree, 'size/height', 'size/width'), []
     for part in tree.iter('object'):
         x1, y1, x2, y2 = numbers(part, *(f'bndbox/{side}' for side in ('xmin', 'ymin', 'xmax', 'ymax')))
-        objects.append((part.findtext('name', ''), x1 - 1, y1 - 1, x2, y2, part.findtext('difficult') == '1'))
-    return size, objects
+        objects.append((part.findtext('name', '').strip(), x1 - 1, y1 - 1, x2, y2, part.findtext('difficult', '').strip() == '1'))
+    return [0 if math.isnan(side) else side for side in size], objects
 
-# %% ../nbs/01a_data.ipynb #12839689
+# %% ../nbs/01a_data.ipynb #8446f551
 def _load_voc(root, split):
     path = root/'ImageSets'/'Main'/f'{split}.txt'
     if not path.is_file():
         raise InputError(f"{path}: missing; the splits there are: {', '.join(sorted(p.stem for p in path.parent.glob('*.txt'))) or 'none'}")
-    stems, skipped = [line.split()[0] for line in _read_text(path).splitlines() if line.strip()], defaultdict(list)
-    known = {file.stem: _read_voc(file) for file in sorted((root/'Annotations').glob('*.xml'))}
+    known, skipped = {file.stem: _read_voc(file) for file in sorted((root/'Annotations').glob('*.xml'))}, defaultdict(list)
+    stems = dict.fromkeys(_voc_stem(line.strip(), known) for line in _read_text(path).splitlines() if line.strip())
     skipped['image without an XML file'] += [stem for stem in stems if stem not in known]
     stems = [stem for stem in stems if stem in known]
     names = sorted({name for _, objects in known.values() for name, *_ in objects})
-    paths = [next((file for suffix in IMAGE_SUFFIXES if (file := root/'JPEGImages'/f'{stem}{suffix}').is_file()), None) for stem in stems]
+    files = {file.stem: file for file in (root/'JPEGImages').glob('*') if file.suffix.lower() in IMAGE_SUFFIXES}
+    paths = [files.get(stem) for stem in stems]
     listed = [dict(id=i, file_name=stem, height=known[stem][0][0], width=known[stem][0][1]) for i, stem in enumerate(stems, 1)]
     images = _annotated_images(listed, paths, skipped)
     rows = [(position, *box, 1 + names.index(name), (box[2] - box[0])*(box[3] - box[1]), difficult)
         for position, image in enumerate(images) for name, *box, difficult in known[stems[image[0] - 1]][1]]
     return _detection_set(root, split, path, dict(enumerate(names, 1)), images, rows, skipped)
+
+# %% ../nbs/01a_data.ipynb #925d9b7c
+def _voc_stem(line, known):
+    "The image that a line of a list means: its name alone, with a suffix, or with a number behind it"
+    return next((stem for stem in (line, Path(line).stem, line.split()[0]) if stem in known), line)
 
 # %% ../nbs/01a_data.ipynb #48347b22
 def load_split(

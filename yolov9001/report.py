@@ -164,18 +164,19 @@ the prices are those of an RK3588, for which alone they were fitted{% endif %}</
 <h2>Configuration</h2><p class="note">Again: yolov9001 run --config config.yaml --out another/folder</p>
 <table>{% for k, v in config.items() %}<tr><th>{{ k }}<td>{{ v }}{% endfor %}</table></html>''', autoescape=True)
 
-# %% ../nbs/04b_report.ipynb #98d83b22
+# %% ../nbs/04b_report.ipynb #7941cc5d
 def report_pictures(
     detection_set:DetectionSet, # the val split
     found:dict, # name of a model -> its `Detections` by image id, as they are to be drawn, float first
+    kept:str, # name of the model that is compared with float
     most:int=4, # pictures of each kind
 )->dict: # `pictures` and `worst`, as the page wants them
     "Detections drawn side by side"
     def draw(i):
         try: return embed(draw_side_by_side(detection_set, found, i))
         except InputError as error: warnings.warn(f'{error}; there is no picture of it')
-    first, *_, last = found.values()
-    differ = np.array([count_unmatched(first[r.image_id], last[r.image_id]) for r in detection_set.records])
+    exact, rounded = next(iter(found.values())), found[kept]
+    differ = np.array([count_unmatched(exact[r.image_id], rounded[r.image_id]) for r in detection_set.records])
     shown = np.unique(np.linspace(0, len(differ) - 1, min(most, len(differ))).round().astype(int))
     worst = [i for i in np.argsort(-differ, kind='stable')[:most] if differ[i]]
     return dict(pictures=[*filter(None, map(draw, shown))], worst=[(differ[i], picture) for i in worst if (picture := draw(i))])
@@ -193,7 +194,7 @@ def report_mistakes(
     return plot_mistakes(pd.DataFrame({name: mistake_costs(part, own) for name, own in kept.items()}).T,
                          {name: recall_by_size(part, own) for name, own in kept.items()})
 
-# %% ../nbs/04b_report.ipynb #7302afa8
+# %% ../nbs/04b_report.ipynb #629fdf54
 def write_report(
     folder:str|Path, # of a run; raises `InputError` when a stage's file is missing
     detection_set:DetectionSet, # its val split
@@ -218,6 +219,6 @@ def write_report(
         classes=embed(plot_classes(evaluations)), mistakes=embed(report_mistakes(detection_set, found)), history=embed(plot_history(table('history'))),
         fidelity=embed(plot_fidelity(table('fidelity'), table('weight_ranges'))),
         agreement=embed(plot_agreement(table('code_differences').set_index('difference').share, tensors)), tensors=tensors is not None,
-        layers=embed(plot_layers(table('layers'))), **report_pictures(detection_set, shown))
+        layers=embed(plot_layers(table('layers'))), **report_pictures(detection_set, shown, EVALUATIONS.get(numbers.get('kept'), [*shown][-1])))
     with write_whole(folder/'report.html') as temporary: temporary.write_text(page)
     return folder/'report.html'

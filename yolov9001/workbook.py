@@ -7,7 +7,7 @@ __all__ = ['check_config', 'require_toolkit', 'update_metrics', 'train_stage', '
            'calibrated_twin', 'sensitivity_stage', 'agreement_stage', 'quantize_stage', 'run_notebook', 'run',
            'load_predictor', 'list_images', 'detect']
 
-# %% ../nbs/05_workbook.ipynb #23740d87
+# %% ../nbs/05_workbook.ipynb #516e7af5
 import json
 import os
 import sys
@@ -15,6 +15,7 @@ import warnings
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 
 import cv2
@@ -199,7 +200,7 @@ def agreement_stage(
     if (out/'report.html').exists(): write_report(out, val)
     return table
 
-# %% ../nbs/05_workbook.ipynb #456e009d
+# %% ../nbs/05_workbook.ipynb #22e6ebcf
 def quantize_stage(
     config:RunConfig, # of a run whose `best.pt` exists
     resume:bool=False, # continue an interrupted quantization-aware training
@@ -210,9 +211,9 @@ def quantize_stage(
     model, twin = calibrated_twin(config, train_split)
     write_config(config)
     for name in ('agreement.csv', 'sensitivity.csv', 'report.html'): (out/name).unlink(missing_ok=True)    # of an earlier quantization
-    for name in ('int8_ptq', 'int8_qat'):
-        (out/f'evaluation_{name}.json').unlink(missing_ok=True)
-        update_metrics(out, **{f'map_{name}': None, f'map50_{name}': None})
+    for name in ('int8_ptq', 'int8_qat'): (out/f'evaluation_{name}.json').unlink(missing_ok=True)
+    update_metrics(out, **dict.fromkeys(('map_int8_ptq', 'map50_int8_ptq', 'map_int8_qat', 'map50_int8_qat', 'kept', 'codes_equal', 'codes_within_one', 'score_levels')))
+    for left in out.glob('.int8_*'): rmtree(left)           # of a process that was killed
     tables = dict(fidelity=fidelity(twin, sample_images(val, size, FIDELITY_IMAGES)), weight_ranges=weight_ranges(twin))
     for name, table in tables.items():
         with write_whole(out/f'{name}.csv') as temporary: table.to_csv(temporary, index=False)
