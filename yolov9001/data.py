@@ -197,30 +197,33 @@ def _detection_set(root, split, source, categories, images, rows, skipped):
     return DetectionSet(root, split, [categories[i] for i in ids], ids, records,
                         {reason: len(where) for reason, where in skipped.items()})
 
-# %% ../nbs/01a_data.ipynb #ed39850f
-def _image_head(path):
-    "(height, width) as stored and the orientation by EXIF, 1 to 8; None for what is no image"
-    if path is None: return None
-    try:
-        with Image.open(path) as image:
-            if image.format in _FROM_CAMERAS[:2] and not _has_end(path): image.load()
-            return image.size[::-1], _orientation(image) if image.format in _FROM_CAMERAS else 1
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError): return None
-
+# %% ../nbs/01a_data.ipynb #10c13069
 _FROM_CAMERAS = 'JPEG', 'MPO', 'PNG'    # other readers turn no others; MPO is a JPEG of a telephone with a second picture behind it
 
 def _orientation(image):
     "Of a Pillow image by EXIF alone: its own `getexif` decodes every pixel of a PNG, and obeys XMP, which other readers do not"
+    if image.format not in _FROM_CAMERAS: return 1
     exif = Image.Exif()
     try: exif.load(image.info.get('exif', b''))
     except (SyntaxError, ValueError, struct.error): return 1
     return exif.get(274) if exif.get(274) in range(1, 9) else 1
 
+# %% ../nbs/01a_data.ipynb #9f6d5eec
 def _has_end(path):
     "Whether the end mark of JPEG is near the end of a file"
     with open(path, 'rb') as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 512))
         return b'\xff\xd9' in file.read()
+
+# %% ../nbs/01a_data.ipynb #d6569af0
+def _image_head(path):
+    "(height, width) as stored and the orientation by EXIF, 1 to 8; None for what is no image"
+    if path is None: return None
+    try:
+        with Image.open(path) as image:
+            if image.format in ('JPEG', 'MPO') and not _has_end(path): image.load()
+            return image.size[::-1], _orientation(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError): return None
 
 # %% ../nbs/01a_data.ipynb #539b98bd
 def _image_heads(paths):
@@ -397,6 +400,11 @@ def _read_voc(path):
         objects.append((part.findtext('name', '').strip(), x1 - 1, y1 - 1, x2, y2, part.findtext('difficult', '').strip() == '1'))
     return [0 if math.isnan(side) else side for side in size], objects
 
+# %% ../nbs/01a_data.ipynb #925d9b7c
+def _voc_stem(line, known):
+    "The image that a line of a list means: its name alone, with a suffix, or with a number behind it"
+    return next((stem for stem in (line, Path(line).stem, line.split()[0]) if stem in known), line)
+
 # %% ../nbs/01a_data.ipynb #8446f551
 def _load_voc(root, split):
     path = root/'ImageSets'/'Main'/f'{split}.txt'
@@ -414,11 +422,6 @@ def _load_voc(root, split):
     rows = [(position, *box, 1 + names.index(name), (box[2] - box[0])*(box[3] - box[1]), difficult)
         for position, image in enumerate(images) for name, *box, difficult in known[stems[image[0] - 1]][1]]
     return _detection_set(root, split, path, dict(enumerate(names, 1)), images, rows, skipped)
-
-# %% ../nbs/01a_data.ipynb #925d9b7c
-def _voc_stem(line, known):
-    "The image that a line of a list means: its name alone, with a suffix, or with a number behind it"
-    return next((stem for stem in (line, Path(line).stem, line.split()[0]) if stem in known), line)
 
 # %% ../nbs/01a_data.ipynb #48347b22
 def load_split(

@@ -194,7 +194,7 @@ def report_mistakes(
     return plot_mistakes(pd.DataFrame({name: mistake_costs(part, own) for name, own in kept.items()}).T,
                          {name: recall_by_size(part, own) for name, own in kept.items()})
 
-# %% ../nbs/04b_report.ipynb #629fdf54
+# %% ../nbs/04b_report.ipynb #40f4b1aa
 def write_report(
     folder:str|Path, # of a run; raises `InputError` when a stage's file is missing
     detection_set:DetectionSet, # its val split
@@ -213,12 +213,13 @@ def write_report(
     found, shown = ({name: from_results(e['detections'], ids, detection_set.category_ids, least) for name, e in evaluations.items()}
                     for least in (0., confidence))
     numbers = json.loads((folder/'metrics.json').read_text())
+    kept = EVALUATIONS.get(numbers.get('kept'))          # an older run does not tell
     page = _PAGE.render(
-        name=folder.name, m=numbers, kept=EVALUATIONS.get(numbers.get('kept')), published=[*PUBLISHED.values()], versions=versions(), evaluations=evaluations,
+        name=folder.name, m=numbers, kept=kept, published=[*PUBLISHED.values()], versions=versions(), evaluations=evaluations,
         config=yaml.safe_load((folder/'config.yaml').read_text()), confidence=confidence, samples=FIDELITY_IMAGES,
         classes=embed(plot_classes(evaluations)), mistakes=embed(report_mistakes(detection_set, found)), history=embed(plot_history(table('history'))),
         fidelity=embed(plot_fidelity(table('fidelity'), table('weight_ranges'))),
         agreement=embed(plot_agreement(table('code_differences').set_index('difference').share, tensors)), tensors=tensors is not None,
-        layers=embed(plot_layers(table('layers'))), **report_pictures(detection_set, shown, EVALUATIONS.get(numbers.get('kept'), [*shown][-1])))
+        layers=embed(plot_layers(table('layers'))), **report_pictures(detection_set, shown, kept or [*shown][-1]))
     with write_whole(folder/'report.html') as temporary: temporary.write_text(page)
     return folder/'report.html'

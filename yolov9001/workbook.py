@@ -40,7 +40,7 @@ from .rk3588_bench import TARGETS, Npu, simulate_file, toolkit_version
 from .train import load_data, predictor, prepare
 from .twin import Twin
 
-# %% ../nbs/05_workbook.ipynb #71c9f504
+# %% ../nbs/05_workbook.ipynb #aa05fdcf
 def check_config(
     config:RunConfig, # of a run
 ):
@@ -51,6 +51,7 @@ def check_config(
     check_values(replace(config, batch_size=config.batch_size or 1))       # 0 is found by the processes
     check_values(config, dict(calibration_images=1, qat_epochs=0, qat_lr=1e-9, distillation=0), {}, dict(target=TARGETS, calibration=CALIBRATIONS))
 
+# %% ../nbs/05_workbook.ipynb #0eb66c07
 def require_toolkit(
 ):
     "Raise `InputError` where the vendor's compiler is missing"
@@ -246,14 +247,14 @@ def run_notebook(
         if error.ename == 'InputError': raise InputError(error.evalue) from None
         raise
 
-# %% ../nbs/05_workbook.ipynb #737f37c4
+# %% ../nbs/05_workbook.ipynb #eda85ac5
 def run(
     config:RunConfig, # of the run
     resume:bool=False, # continue the run in `config.out`
     overwrite:bool=False, # start anew although there is one
 )->Path: # the written `report.html`
     "Train, quantize, compile, simulate, report"
-    check_config(config); require_toolkit()
+    require_toolkit()
     out = Path(config.out)
     check_folder(out, resume, overwrite)
     check_training(config, resume)
