@@ -8,7 +8,7 @@ __all__ = ['REFERENCE_BATCH', 'Plan', 'count_devices', 'own_addresses', 'make_pl
            'scaled_rate', 'agree', 'told_by_first', 'begun', 'negotiate', 'projected_efficiency', 'training_flops',
            'projected_hours']
 
-# %% ../nbs/02a_cluster.ipynb #4c82c69e
+# %% ../nbs/02a_cluster.ipynb #afd92848
 import math
 import os
 import signal
@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoint import progress
 from .config import TrainConfig
@@ -275,18 +276,14 @@ def projected_efficiency(
     exchange = rounds * (gradient_bytes / hosts / (usable * network / 8) + latency)
     return step / (step + max(0., exchange - hidden * step))
 
-# %% ../nbs/02a_cluster.ipynb #929aa691
+# %% ../nbs/02a_cluster.ipynb #7a1b91a6
 def training_flops(
     model:YOLOv9001, # in training form; left in training mode
     size:tuple, # height and width of the input, multiples of 32
 )->float: # operations of one image, two a multiplication with its addition
     "Operations of the convolutions of a training step"
-    macs = []
-    count = lambda conv, _, output: macs.append(conv.weight.numel() * output[0, 0].numel())
-    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Conv2d)]
-    with torch.no_grad(): model.train()(torch.zeros(2, 3, *size))
-    for hook in hooks: hook.remove()
-    return 3 * 2. * sum(macs)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(): model.train()(torch.zeros(2, 3, *size))
+    return 3 * counter.get_total_flops() / 2
 
 def projected_hours(
     flops:float, # operations of an image, from `training_flops`

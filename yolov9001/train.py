@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_data', 'Trainer', 'on_stop', 'predictor', 'prepare', 'train']
 
-# %% ../nbs/02_train.ipynb #632eb2d0
+# %% ../nbs/02_train.ipynb #c11cedf5
 import math
 import os
 import signal
@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .augment import CACHE_BYTES, Augmentation, EpochSampler, TrainSet, collate
-from .checkpoint import RUN_FILES, begin_from, check_classes, check_folder, clear_run, progress, read_state, write_checkpoint
+from .checkpoint import RUN_FILES, begin_from, check_classes, check_folder, clear_run, load_weights, progress, read_state, write_checkpoint
 from .config import TrainConfig, check_same, check_values
 from .core import InputError, write_whole
 from .data import load_split, parse_size
@@ -272,16 +272,16 @@ def save_state(self:Trainer):
         config=asdict(self.config), model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), batch=self.batch,
         sums=self.sums, updates=self.ema.updates, seconds=self.seconds, history=self.history, best=self.best))
 
-# %% ../nbs/02_train.ipynb #e7f121f9
+# %% ../nbs/02_train.ipynb #d8bc167d
 @patch
 def resume(self:Trainer):
-    "Continue from `last.pt` as if never stopped (several processes: to rounding); raises `InputError` where the configuration or the classes differ"
+    "Continue from `last.pt` as if never stopped (several processes: to rounding); raises `InputError` where configuration, classes or version differ"
     path = self.out/'last.pt'
     checkpoint = read_state(path, self.format)
     check_classes(path, checkpoint['class_names'], self.config.data, self.train.class_names)
     state = checkpoint['state']
     check_same(path, state['config'], asdict(self.config))
-    self.ema.model.load_state_dict(checkpoint['weights'])
+    load_weights(self.ema.model, checkpoint['weights'], path)
     self.model.load_state_dict(state['model'])
     self.optimizer.load_state_dict(state['optimizer'])
     self.epoch, self.batch, self.sums, self.ema.updates = checkpoint['epoch'], state['batch'], state['sums'], state['updates']
