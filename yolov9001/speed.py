@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['onnx_gmacs', 'own_seconds', 'peer_seconds', 'training_speed', 'step_profile']
 
-# %% ../nbs/04e_speed.ipynb #16f23172
+# %% ../nbs/04e_speed.ipynb #d770d6ba
 import itertools
 import json
 import statistics
@@ -21,12 +21,12 @@ import torch
 from onnxruntime import InferenceSession
 from tqdm.auto import tqdm
 
+from .ablation import VariantTrainer
 from .compare import Budget
 from .config import TrainConfig
 from .data import load_split
 from .model import CONFIGS, YOLOv9001, export_onnx
 from .peers import export_peer, finish_job, start_job, write_yolo
-from .train import Trainer
 
 # %% ../nbs/04e_speed.ipynb #2cee0a2f
 def onnx_gmacs(
@@ -42,10 +42,11 @@ def onnx_gmacs(
     maps = session.run(names, {images.name: np.zeros(images.shape, np.float32)})
     return sum(prod(weights[n.input[1]])*prod(m.shape[2:]) for n, m in zip(convs, maps))/1e9
 
-# %% ../nbs/04e_speed.ipynb #88ff002a
-def _trainer(name, budget, folder, **options):
+# %% ../nbs/04e_speed.ipynb #b550004d
+def _trainer(name, budget, folder, variant='ours', **options):
     "Our trainer, ready for its first step"
-    trainer = Trainer(TrainConfig(budget.data, folder, name, input_size=str(budget.input_size), batch_size=budget.batch_size, device='cpu', **options))
+    config = TrainConfig(budget.data, folder, name, input_size=str(budget.input_size), batch_size=budget.batch_size, device='cpu', **options)
+    trainer = VariantTrainer(config, variant)
     trainer.model.train()
     return trainer
 
@@ -54,10 +55,11 @@ def own_seconds(
     budget:Budget, # its data, input size and batch size
     epochs:int=1, # timed, after one that is not
     auxiliary_weight:float=TrainConfig.auxiliary_weight, # 0 trains without the auxiliary branch
+    variant:str='ours', # or another key of `VARIANTS`
 )->dict: # loader, step: median seconds an image
     "Time the parts of our training"
     with TemporaryDirectory() as folder:
-        trainer = _trainer(name, budget, folder, epochs=epochs + 1, auxiliary_weight=auxiliary_weight)
+        trainer = _trainer(name, budget, folder, variant, epochs=epochs + 1, auxiliary_weight=auxiliary_weight)
         parts, marks = dict(loader=[], step=[]), []
         for trainer.sampler.epoch in range(epochs + 1):
             start = time.perf_counter()
