@@ -8,7 +8,7 @@ __all__ = ['BINS', 'VARIANTS', 'STORED', 'LOSSES', 'CHANGES', 'OTHERS', 'RECIPE'
            'orthogonalize', 'MuonAdamW', 'assigned_codes', 'distribution_loss', 'DistributionLoss', 'ManyCandidates',
            'changed', 'VariantTrainer', 'measure', 'ablate', 'read_results', 'worth', 'plot_worth']
 
-# %% ../nbs/03b_ablation.ipynb #ba27d089
+# %% ../nbs/03b_ablation.ipynb #7ec43031
 import json
 import math
 from dataclasses import asdict, replace
@@ -85,7 +85,7 @@ class RepVGGBlock(nn.Module):
         weight, bias = (sum(values) for values in zip(*parts))
         return FusedConv(weight, bias, self.stride, 1, self.act)
 
-# %% ../nbs/03b_ablation.ipynb #80f7c5b3
+# %% ../nbs/03b_ablation.ipynb #85b10569
 class MergedBranches(nn.Module):
     "The branches of `QARepVGGBlockV2` as one 3x3 at every step, BatchNorm behind it"
     def __init__(self,
@@ -123,7 +123,7 @@ class MergedBranches(nn.Module):
         "One 3x3 convolution"
         return FusedConv(*fold_batchnorm(self.weight(self.running_var), 0., self.bn), self.stride, 1, self.act)
 
-# %% ../nbs/03b_ablation.ipynb #c26534ec
+# %% ../nbs/03b_ablation.ipynb #b0416cd0
 @patch
 def variance(self:MergedBranches,
     x:Tensor, # (B, cin, H, W), B at least 1
@@ -174,7 +174,7 @@ class ConcatBottomUp(BottomUp):
         p4 = self.aggregate4(torch.cat([self.down4(n3), self.lateral4(n4)], 1))
         return n3, p4, self.aggregate5(torch.cat([self.down5(p4), self.lateral5(n5)], 1))
 
-# %% ../nbs/03b_ablation.ipynb #34c0687a
+# %% ../nbs/03b_ablation.ipynb #531f2754
 def _with_sppf(model):
     width = CONFIGS[model.config].widths[2]
     model.backbone.pool = SPPF(width, width)
@@ -413,7 +413,7 @@ def measure(
     kinds = STORED if trainer.variant == 'ours' else {'six sigmoids': STORED['six sigmoids']}
     return {'float': evaluate(predictor(model), val, size, progress=False).map} | {name: ap(stored) for name, stored in kinds.items()}
 
-# %% ../nbs/03b_ablation.ipynb #186f6bc9
+# %% ../nbs/03b_ablation.ipynb #3bcd8b14
 # The recipe of `make demo`, one epoch shorter, with a decay that does not depend on the length
 RECIPE = TrainConfig(input_size='128x160', epochs=19, batch_size=8, lr=.005, mosaic=0., scale=.2, hue=0., saturation=.3, value=.3, flip=0.,
                      auxiliary_weight=0., evaluate_every=19, weight_decay=.05)
