@@ -1,7 +1,6 @@
 "Training on several processes and hosts, through what may happen to them: real processes, hosts are network namespaces."
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+from namespaces import open_hosts
 
 from yolov9001.checkpoint import load_model, progress
 from yolov9001.config import TrainConfig
@@ -143,20 +143,8 @@ def test_full_disk_keeps_the_checkpoint(digits, tmp_path):
 
 
 @pytest.fixture
-def hosts(request):
-    "Two network namespaces joined by a bridge, as (command prefix, address)"
-    if os.geteuid() != 0 or not shutil.which('ip'): pytest.skip('network namespaces need root and iproute2')
-    run = lambda line: subprocess.run(line.split(), check=True, capture_output=True, text=True)
-    tag = f'y{os.getpid() % 10000}'
-    try: run(f'ip link add {tag}br type bridge')
-    except subprocess.CalledProcessError as error: pytest.skip(f'network namespaces are not allowed here: {error.stderr.strip()}')
-    run(f'ip link set {tag}br up')
-    for i in (1, 2):
-        for line in (f'ip netns add {tag}h{i}', f'ip link add {tag}v{i} type veth peer name eth0 netns {tag}h{i}', f'ip link set {tag}v{i} master {tag}br',
-                     f'ip link set {tag}v{i} up', f'ip -n {tag}h{i} addr add 10.99.0.1{i}/24 dev eth0', f'ip -n {tag}h{i} link set eth0 up', f'ip -n {tag}h{i} link set lo up'): run(line)
-    yield [(['ip', 'netns', 'exec', f'{tag}h{i}'], f'10.99.0.1{i}') for i in (1, 2)]
-    for i in (1, 2): run(f'ip netns del {tag}h{i}')
-    run(f'ip link del {tag}br')
+def hosts():
+    with open_hosts(one='10.99.0.11', two='10.99.0.12') as hosts: yield hosts
 
 
 @pytest.fixture
@@ -164,8 +152,8 @@ def pair(digits, tmp_path, start, hosts):
     "A training of two hosts: `begin(i)` starts host i, `done(i)` tells its epochs, `finish` waits for both and compares what they have"
     outs, logs = [tmp_path/f'host{i}' for i in (1, 2)], [tmp_path/f'log{i}' for i in (1, 2)]
     def begin(i):
-        enter, address = hosts[i]
-        return start([*enter, *words(digits, outs[i], '--hosts', '10.99.0.11,10.99.0.12', '--address', address, '--devices', '1', epochs=EPOCHS)], logs[i])
+        name, address = (('one', '10.99.0.11'), ('two', '10.99.0.12'))[i]
+        return start(hosts.words(name, words(digits, outs[i], '--hosts', '10.99.0.11,10.99.0.12', '--address', address, '--devices', '1', epochs=EPOCHS)), logs[i])
     def finish(first, second):
         assert first.wait(400) == 0 and second.wait(400) == 0, logs[0].read_text() + logs[1].read_text()
         one, two = (load_model(out/'last.pt') for out in outs)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from namespaces import open_hosts
 
 REPO = Path(__file__).parents[1]
 SCRIPTS = REPO/'terraform'/'scripts'
@@ -197,41 +198,6 @@ def test_dependencies_resolve():
     assert result.returncode == 0, result.stderr
 
 
-class Namespaces:
-    "Hosts as network namespaces on one bridge; what runs in them is ended with them"
-    def __init__(self, tag, addresses):
-        self.tag, self.names, self.processes = tag, {}, []
-        self.ip('netns', 'add', f'{tag}sw')
-        self.inside('sw', 'ip', 'link', 'add', 'name', 'switch', 'type', 'bridge')
-        self.inside('sw', 'ip', 'link', 'set', 'switch', 'up')
-        for name, address in addresses.items(): self.add(name, address)
-
-    def ip(self, *words): subprocess.run(['ip', *words], check=True, capture_output=True)
-
-    def add(self, name, address):
-        self.ip('netns', 'add', f'{self.tag}{name}')
-        self.ip('link', 'add', 'name', 'eth0', 'netns', f'{self.tag}{name}', 'type', 'veth', 'peer', 'name', name, 'netns', f'{self.tag}sw')
-        self.inside('sw', 'ip', 'link', 'set', name, 'master', 'switch', 'up')
-        for words in (('addr', 'add', f'{address}/24', 'dev', 'eth0'), ('link', 'set', 'eth0', 'up'), ('link', 'set', 'lo', 'up')): self.inside(name, 'ip', *words)
-
-    def words(self, name, words): return ['ip', 'netns', 'exec', f'{self.tag}{name}', *map(str, words)]
-
-    def inside(self, name, *words, **options): return subprocess.run(self.words(name, words), check=True, capture_output=True, text=True, **options)
-
-    def start(self, name, *words, **options):
-        self.processes.append(subprocess.Popen(self.words(name, words), **options))
-        return self.processes[-1]
-
-    def close(self):
-        for name in subprocess.run(['ip', 'netns', 'list'], capture_output=True, text=True).stdout.split():
-            if not name.startswith(self.tag): continue
-            for pid in subprocess.run(['ip', 'netns', 'pids', name], capture_output=True, text=True).stdout.split():
-                try: os.kill(int(pid), signal.SIGKILL)
-                except ProcessLookupError: pass
-            subprocess.run(['ip', 'netns', 'delete', name])
-        for process in self.processes: process.wait()
-
-
 @pytest.fixture(scope='module')
 def folder():
     "Not pytest's own temporary folder: nginx runs as www-data and must reach it"
@@ -243,14 +209,8 @@ def folder():
 
 @pytest.fixture(scope='module')
 def hosts(folder): # which outlives them
-    require('ip', 'nginx', 'screen', 'aria2c', 'ssh', 'sshd', 'curl', 'runuser')
-    if os.geteuid(): pytest.skip('network namespaces need root')
-    tag = f'y{os.getpid()}'
-    probe = subprocess.run(f'ip netns add {tag} && ip netns exec {tag} ip link add name probe type bridge; ip netns delete {tag}', shell=True, capture_output=True, text=True)
-    if probe.stderr: pytest.skip(f'no network namespaces here: {probe.stderr}')
-    namespaces = Namespaces(tag, {'jump': JUMP, 'user': '10.99.7.3', 'ml0': SERVERS[0], 'ml1': SERVERS[1]})
-    yield namespaces
-    namespaces.close()
+    require('nginx', 'screen', 'aria2c', 'ssh', 'sshd', 'curl', 'runuser')
+    with open_hosts(jump=JUMP, user='10.99.7.3', ml0=SERVERS[0], ml1=SERVERS[1]) as hosts: yield hosts
 
 
 def make_repository(folder):
