@@ -52,8 +52,10 @@ def load_data(
 def keep_memory():
     "Keep what was freed for the next step (Linux with glibc; elsewhere nothing changes)"
     trim_threshold, mmap_max = -1, -4       # their numbers in malloc.h
-    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-    if mallopt: mallopt(trim_threshold, 2**31 - 1), mallopt(mmap_max, 0)
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, 'mallopt'):
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_max, 0)
 
 # %% ../nbs/02_train.ipynb #2439d8af
 class Trainer:
