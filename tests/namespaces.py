@@ -13,8 +13,9 @@ count = itertools.count()
 
 class Namespaces:
     "Hosts on one switch; what runs in them is ended with them"
-    def __init__(self, addresses):
-        self.tag, self.names, self.processes = f'y{os.getpid()}n{next(count)}', [], []
+    def __init__(self): self.tag, self.names, self.processes = f'y{os.getpid()}n{next(count)}', [], []
+
+    def connect(self, addresses):
         self.create('sw')
         self.inside('sw', 'ip', 'link', 'add', 'name', 'switch', 'type', 'bridge')
         self.inside('sw', 'ip', 'link', 'set', 'switch', 'up')
@@ -56,6 +57,8 @@ def open_hosts(**addresses):
     probe = f'y{os.getpid()}probe'
     result = subprocess.run(f'ip netns add {probe} && ip netns exec {probe} ip link add name probe type bridge; ip netns delete {probe}', shell=True, capture_output=True, text=True)
     if result.stderr: pytest.skip(f'no network namespaces here: {result.stderr}')
-    hosts = Namespaces(addresses)
-    try: yield hosts
+    hosts = Namespaces()
+    try:
+        hosts.connect(addresses)
+        yield hosts
     finally: hosts.close()

@@ -23,6 +23,7 @@ PROGRAM = Path(sys.executable).with_name('yolov9001')
 TINY = dict(input_size='64', batch_size=8, device='cpu', precision='float32', auxiliary_weight=0, evaluate_every=100, sync_batchnorm='no', mosaic=0)
 
 EPOCHS = 25  # of the training that loses a host
+HOSTS = dict(one='10.99.0.11', two='10.99.0.12')
 
 
 def words(data, out, *more, **settings):
@@ -144,7 +145,7 @@ def test_full_disk_keeps_the_checkpoint(digits, tmp_path):
 
 @pytest.fixture
 def hosts():
-    with open_hosts(one='10.99.0.11', two='10.99.0.12') as hosts: yield hosts
+    with open_hosts(**HOSTS) as hosts: yield hosts
 
 
 @pytest.fixture
@@ -152,8 +153,8 @@ def pair(digits, tmp_path, start, hosts):
     "A training of two hosts: `begin(i)` starts host i, `done(i)` tells its epochs, `finish` waits for both and compares what they have"
     outs, logs = [tmp_path/f'host{i}' for i in (1, 2)], [tmp_path/f'log{i}' for i in (1, 2)]
     def begin(i):
-        name, address = (('one', '10.99.0.11'), ('two', '10.99.0.12'))[i]
-        return start(hosts.words(name, words(digits, outs[i], '--hosts', '10.99.0.11,10.99.0.12', '--address', address, '--devices', '1', epochs=EPOCHS)), logs[i])
+        name, address = list(HOSTS.items())[i]
+        return start(hosts.words(name, words(digits, outs[i], '--hosts', ','.join(HOSTS.values()), '--address', address, '--devices', '1', epochs=EPOCHS)), logs[i])
     def finish(first, second):
         assert first.wait(400) == 0 and second.wait(400) == 0, logs[0].read_text() + logs[1].read_text()
         one, two = (load_model(out/'last.pt') for out in outs)

@@ -50,7 +50,7 @@ def load_data(
 
 # %% ../nbs/02_train.ipynb #6c3dc0c2
 def keep_memory():
-    "Keep what was freed for the next step (Linux with glibc; elsewhere nothing changes)"
+    "Keep what was freed for the next step, by `mallopt(3)` of glibc; elsewhere nothing changes"
     trim_threshold, mmap_max = -1, -4       # their numbers in malloc.h
     libc = ctypes.CDLL(None)
     if hasattr(libc, 'mallopt'):
