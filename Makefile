@@ -7,7 +7,7 @@ BIN := .venv/bin
 DATA ?= digits
 OUT ?= runs/demo-$(notdir $(patsubst %/,%,$(DATA:/data.yaml=)))
 # small images and little augmentation: legible digits within minutes on two cores
-DEMO := $(addprefix -p ,input_size=128x160 epochs=20 batch_size=8 lr=0.005 mosaic=0 scale=0.2 hue=0 saturation=0.3 value=0.3 flip=0 auxiliary_weight=0)
+DEMO := $(addprefix -p ,input_size=128x160 epochs=20 batch_size=8 lr=0.005 mosaic=0 scale=0.2 hue=0 saturation=0.3 value=0.3 flip=0)
 
 .PHONY: install demo test notebooks system cluster check-export clean
 install: .venv/installed

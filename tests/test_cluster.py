@@ -20,7 +20,7 @@ from yolov9001.data import make_digits
 from yolov9001.train import Trainer
 
 PROGRAM = Path(sys.executable).with_name('yolov9001')
-TINY = dict(input_size='64', batch_size=8, device='cpu', precision='float32', auxiliary_weight=0, evaluate_every=100, sync_batchnorm='no', mosaic=0)
+TINY = dict(input_size='64', batch_size=8, device='cpu', precision='float32', evaluate_every=100, sync_batchnorm='no', mosaic=0)
 
 EPOCHS = 25  # of the training that loses a host
 HOSTS = dict(one='10.99.0.11', two='10.99.0.12')

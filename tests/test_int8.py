@@ -14,7 +14,7 @@ from yolov9001.evaluate import evaluate, onnx_predictor
 from yolov9001.rk3588_bench import Npu, toolkit_version
 
 CELLS = (shared_folder() or Path('shared'))/'data'/'bccd'
-KNOBS = dict(input_size='96x160', epochs=16, batch_size=8, lr=.004, mosaic=0, scale=.2, auxiliary_weight=0, evaluate_every=16, qat_epochs=2, device='cpu')
+KNOBS = dict(input_size='96x160', epochs=16, batch_size=8, lr=.004, mosaic=0, scale=.2, evaluate_every=16, qat_epochs=2, device='cpu')
 
 
 @pytest.fixture(scope='module')

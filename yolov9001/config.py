@@ -19,7 +19,7 @@ from .core import InputError, write_whole
 # %% ../nbs/01f_config.ipynb #f63008c2
 OPTIMIZERS = {'adamw': dict(lr=.004), 'sgd': dict(lr=.02, weight_decay=5e-4)}
 
-# %% ../nbs/01f_config.ipynb #b74a8e5d
+# %% ../nbs/01f_config.ipynb #19fabca2
 @dataclass
 class TrainConfig:
     "What a training depends on, besides the images"
@@ -38,7 +38,7 @@ class TrainConfig:
     beta2:float = .999              # AdamW remembers the size of gradients over 1 / (1 - beta2) steps
     warmup_epochs:float = 3.        # linear rise of the learning rate, at most a tenth of the run
     ema_decay:float = .9998         # upper limit of the moving average's decay
-    auxiliary_weight:float = .25    # loss of the auxiliary branch against 1 for the main one, 0 trains without it
+    auxiliary_weight:float = 0.     # loss of the auxiliary branch against 1 for the main one (YOLOv9: 0.25), 0 trains without it
     close_mosaic:int = 10           # last epochs without mosaic, at most a fifth of the run
     mosaic:float = 1.               # probability of four images in one
     scale:float = .5                # zoom by 1 - scale to 1 + scale
