@@ -415,12 +415,12 @@ def measure(
     kinds = STORED if trainer.variant == 'ours' else {'six sigmoids': STORED['six sigmoids']}
     return {'float': evaluate(predictor(model), val, size, progress=False).map} | {name: ap(stored) for name, stored in kinds.items()}
 
-# %% ../nbs/03b_ablation.ipynb #3bcd8b14
+# %% ../nbs/03b_ablation.ipynb #ca7e9093
 # The recipe of `make demo`, one epoch shorter, with a decay that does not depend on the length
 RECIPE = TrainConfig(input_size='128x160', epochs=19, batch_size=8, lr=.005, mosaic=0., scale=.2, hue=0., saturation=.3, value=.3, flip=0.,
                      auxiliary_weight=0., evaluate_every=19, weight_decay=.05)
 
-PARTS = ('ours', 'SPPF', 'RepVGG block', 'merged branches', 'concat neck')
+PARTS = ('ours', 'SPPF', 'RepVGG block', 'concat neck')
 
 def ablate(
     folder:str|Path, # of the results, one file a run; what is there is not trained again
