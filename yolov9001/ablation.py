@@ -365,7 +365,7 @@ CHANGES = {'no auxiliary branch': dict(auxiliary_weight=0.), 'auxiliary as heavy
            'memory of 100 steps, twice the rate': dict(beta2=.99, rate=2.), 'no mosaic': dict(mosaic=0.),
            'little zoom': dict(scale=.2), 'no average': dict(ema_decay=0.), 'short average': dict(ema_decay=.95)}
 
-BRANCH = ('auxiliary of 20 candidates', 'fading auxiliary')
+BRANCH = ('auxiliary of 20 candidates', 'fading auxiliary')     # what needs the auxiliary branch
 OTHERS = ('Muon', *BRANCH)     # what the trainer itself changes
 
 def changed(
@@ -418,7 +418,7 @@ def measure(
 # %% ../nbs/03b_ablation.ipynb #ca7e9093
 # The recipe of `make demo`, one epoch shorter, with a decay that does not depend on the length
 RECIPE = TrainConfig(input_size='128x160', epochs=19, batch_size=8, lr=.005, mosaic=0., scale=.2, hue=0., saturation=.3, value=.3, flip=0.,
-                     auxiliary_weight=0., evaluate_every=19, weight_decay=.05)
+                     evaluate_every=19, weight_decay=.05)
 
 PARTS = ('ours', 'SPPF', 'RepVGG block', 'concat neck')
 
