@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['BINS', 'VARIANTS', 'STORED', 'LOSSES', 'CHANGES', 'BRANCH', 'OTHERS', 'RECIPE', 'PARTS', 'SPPF', 'RepVGGBlock',
-           'MergedBranches', 'ConcatTopDown', 'ConcatBottomUp', 'make_variant', 'observe_boxes', 'varifocal_loss',
+           'SeparateBranches', 'ConcatTopDown', 'ConcatBottomUp', 'make_variant', 'observe_boxes', 'varifocal_loss',
            'orthogonalize', 'MuonAdamW', 'assigned_codes', 'distribution_loss', 'DistributionLoss', 'ManyCandidates',
            'changed', 'VariantTrainer', 'measure', 'ablate', 'read_results', 'worth', 'plot_worth']
 
-# %% ../nbs/03b_ablation.ipynb #7ec43031
+# %% ../nbs/03b_ablation.ipynb #2c657d98
 import json
 import math
 from dataclasses import asdict, replace
@@ -20,7 +20,6 @@ import pandas as pd
 import seaborn as sns
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
@@ -85,56 +84,10 @@ class RepVGGBlock(nn.Module):
         weight, bias = (sum(values) for values in zip(*parts))
         return FusedConv(weight, bias, self.stride, 1, self.act)
 
-# %% ../nbs/03b_ablation.ipynb #85b10569
-class MergedBranches(nn.Module):
-    "The branches of `QARepVGGBlockV2` as one 3x3 at every step, BatchNorm behind it"
-    def __init__(self,
-        cin:int, # channels in
-        cout:int, # channels out; identity and pooling branches exist only where `cin == cout` and stride is 1
-        stride:int=1, # 1 or 2
-        act:bool=True, # ReLU at the end
-    ):
-        super().__init__()
-        self.conv3, self.conv1 = nn.Conv2d(cin, cout, 3, bias=False), nn.Conv2d(cin, cout, 1, bias=False)
-        self.gain, self.bn = nn.Parameter(torch.ones(cout)), nn.BatchNorm2d(cout)
-        self.register_buffer('running_var', torch.ones(cout))
-        self.has_identity, self.stride, self.act = cin == cout and stride == 1, stride, act
-
-    def weight(self,
-        variance:Tensor, # (cout,), of the 3x3 branch
-    )->Tensor: # (cout, cin, 3, 3)
-        "All branches: the pool is nine taps of 1/9, the identity a one in the centre"
-        gain = self.gain / (variance + self.bn.eps).sqrt()
-        weight = self.conv3.weight * gain[:, None, None, None] + F.pad(self.conv1.weight, (1, 1, 1, 1))
-        if not self.has_identity: return weight
-        with torch.no_grad():                       # constants have no gradient
-            weight.diagonal().add_(1 / 9)
-            weight[:, :, 1, 1].diagonal().add_(1)
-        return weight
-
-    def forward(self,
-        x:Tensor, # (B, cin, H, W)
-    )->Tensor: # (B, cout, H/stride, W/stride)
-        variance = self.variance(x) if self.training else self.running_var
-        y = self.bn(F.conv2d(x, self.weight(variance), None, self.stride, 1))
-        return y.relu_() if self.act else y
-
-    def fused(self)->FusedConv:
-        "One 3x3 convolution"
-        return FusedConv(*fold_batchnorm(self.weight(self.running_var), 0., self.bn), self.stride, 1, self.act)
-
-# %% ../nbs/03b_ablation.ipynb #b0416cd0
-@patch
-def variance(self:MergedBranches,
-    x:Tensor, # (B, cin, H, W), B at least 1
-)->Tensor: # (cout,)
-    "Variance of the 3x3 branch, followed while it trains"
-    every = 3 if min(x.shape[2:]) >= 10 * self.stride else 1
-    pixels = F.conv2d(x.detach(), self.conv3.weight, None, every * self.stride, 1).float().movedim(1, -1).flatten(0, -2)
-    variance = (pixels - pixels.mean(0)).square().mean(0)
-    average = self.running_var.lerp(variance.detach(), .1)
-    self.running_var.copy_(average)
-    return average * (variance / variance.detach().clamp(min=1e-12))
+# %% ../nbs/03b_ablation.ipynb #4bdf86bf
+class SeparateBranches(QARepVGGBlockV2):
+    "`QARepVGGBlockV2` that never merges its branches while it trains"
+    merged = QARepVGGBlockV2.separate
 
 # %% ../nbs/03b_ablation.ipynb #c4336fb3
 class ConcatTopDown(TopDown):
@@ -174,14 +127,18 @@ class ConcatBottomUp(BottomUp):
         p4 = self.aggregate4(torch.cat([self.down4(n3), self.lateral4(n4)], 1))
         return n3, p4, self.aggregate5(torch.cat([self.down5(p4), self.lateral5(n5)], 1))
 
-# %% ../nbs/03b_ablation.ipynb #531f2754
+# %% ../nbs/03b_ablation.ipynb #7faca241
 def _with_sppf(model):
     width = CONFIGS[model.config].widths[2]
     model.backbone.pool = SPPF(width, width)
 
-def _with_blocks(kind, model):
+def _with_repvgg(model):
     for name, block in [(n, m) for n, m in model.named_modules() if isinstance(m, QARepVGGBlockV2)]:
-        model.set_submodule(name, kind(block.conv3.in_channels, block.conv3.out_channels, block.stride, block.act))
+        model.set_submodule(name, RepVGGBlock(block.conv3.in_channels, block.conv3.out_channels, block.stride, block.act))
+
+def _with_separate_branches(model):
+    for block in model.modules():
+        if isinstance(block, QARepVGGBlockV2): block.__class__ = SeparateBranches
 
 def _with_concat(model):
     model.top_down, model.bottom_up = ConcatTopDown(CONFIGS[model.config]), ConcatBottomUp(CONFIGS[model.config])
@@ -196,7 +153,7 @@ BINS = 16  # steps of the box code that a distribution tells apart
 def _with_distribution(model):
     model.distribution = nn.ModuleList(nn.Conv2d(tower[-1].in_channels, 4 * (BINS + 1), 1) for tower in model.head.box)
 
-VARIANTS = {'ours': lambda model: None, 'SPPF': _with_sppf, 'RepVGG block': partial(_with_blocks, RepVGGBlock), 'merged branches': partial(_with_blocks, MergedBranches),
+VARIANTS = {'ours': lambda model: None, 'SPPF': _with_sppf, 'RepVGG block': _with_repvgg, 'separate branches': _with_separate_branches,
             'concat neck': _with_concat, 'Kaiming start': _with_kaiming, 'distribution branch': _with_distribution}
 
 # %% ../nbs/03b_ablation.ipynb #74395c25
