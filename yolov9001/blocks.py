@@ -94,8 +94,8 @@ class ConvBNReLU(nn.Module):
         weight, bias = fold_batchnorm(self.conv.weight, 0., self.bn)
         return FusedConv(weight, bias, self.conv.stride[0], self.conv.padding[0])
 
-# %% ../nbs/00_blocks.ipynb #7b7bb3bd
-LARGE_MAP = 20 * 20  # pixels; from there on every ninth is enough to tell what BatchNorm divides by
+# %% ../nbs/00_blocks.ipynb #d0a91050
+LARGE_MAP = 20  # pixels of the shorter side; from there on a sample tells what BatchNorm divides by
 
 class QARepVGGBlockV2(nn.Module):
     "3x3, 1x1, identity and average-pooling branches, one BatchNorm after their sum (QARepVGG, arXiv 2212.01593; YOLOv6 v3)"
@@ -122,7 +122,7 @@ class QARepVGGBlockV2(nn.Module):
     def forward(self,
         x:Tensor, # (B, cin, H, W)
     )->Tensor: # (B, cout, H/stride, W/stride)
-        large = x.shape[2] * x.shape[3] >= LARGE_MAP * self.stride**2
+        large = min(x.shape[2:]) >= LARGE_MAP * self.stride
         y = self.bn(self.merged(x) if self.training and large else self.separate(x))
         return y.relu_() if self.act else y
 
@@ -145,18 +145,36 @@ def fused(self:QARepVGGBlockV2)->FusedConv:
     weight, bias = fold_batchnorm(self.conv3.weight, 0., self.bn3)
     return FusedConv(*fold_batchnorm(self.add_branches(weight), bias, self.bn), self.stride, 1, self.act)
 
-# %% ../nbs/00_blocks.ipynb #dae6480e
+# %% ../nbs/00_blocks.ipynb #9e5d1e4b
+def _patches(x):
+    "Of 3x3 pixels that do not overlap, at about ten rows and ten columns of an image: a view (B, rows, columns, 3, 3, C)"
+    every = [max(3, side // 10) for side in x.shape[2:]]
+    return x.unfold(2, 3, every[0]).unfold(3, 3, every[1]).movedim(1, -1)
+
+class _TakePatches(torch.autograd.Function):
+    "The map, and a copy of its patches"
+    @staticmethod
+    def forward(ctx, x): return x.view_as(x), _patches(x).contiguous()
+
+    @staticmethod
+    def backward(ctx, gradient, of_patches):
+        _patches(gradient).add_(of_patches)
+        return gradient
+
+# %% ../nbs/00_blocks.ipynb #acbf230a
 @patch
 def merged(self:QARepVGGBlockV2,
     x:Tensor, # (B, cin, H, W), a large map
 )->Tensor: # (B, cout, H/stride, W/stride)
-    "The sum of the branches by one 3x3, for training; `bn3` sees a ninth of the pixels"
-    sample = F.conv2d(x.detach(), self.conv3.weight, None, 3 * self.stride, 1).float()
+    "The sum of the branches by one 3x3, for training; `bn3` sees a sample of the pixels"
+    x, patches = _TakePatches.apply(x)
+    weight = self.conv3.weight
+    sample = F.linear(patches.flatten(3), weight.movedim(1, -1).flatten(1)).to(weight.dtype).movedim(3, 1)
     mean = sample.mean((0, 2, 3), keepdim=True)
     normalized, centred = self.bn3(sample), sample - mean
     scale = (normalized * centred).sum((0, 2, 3)) / centred.square().sum((0, 2, 3)).clamp(min=1e-12)
-    shift = (normalized.mean((0, 2, 3)) - scale * mean.flatten()).detach()      # the BatchNorm behind takes it away again
-    return F.conv2d(x, self.add_branches(self.conv3.weight * scale[:, None, None, None]), shift, self.stride, 1)
+    shift = (normalized.mean((0, 2, 3)) - scale * mean.flatten()).detach()
+    return F.conv2d(x, self.add_branches(weight * scale[:, None, None, None]), shift, self.stride, 1)
 
 # %% ../nbs/00_blocks.ipynb #9de0dac0
 class RepBlockAdd(nn.Module):
