@@ -94,8 +94,8 @@ class ConvBNReLU(nn.Module):
         weight, bias = fold_batchnorm(self.conv.weight, 0., self.bn)
         return FusedConv(weight, bias, self.conv.stride[0], self.conv.padding[0])
 
-# %% ../nbs/00_blocks.ipynb #d0a91050
-LARGE_MAP = 20  # pixels of the shorter side; from there on a sample tells what BatchNorm divides by
+# %% ../nbs/00_blocks.ipynb #ff1fc3bf
+LARGE_MAP = 40  # pixels of the shorter side; from there on a sample tells what BatchNorm divides by
 
 class QARepVGGBlockV2(nn.Module):
     "3x3, 1x1, identity and average-pooling branches, one BatchNorm after their sum (QARepVGG, arXiv 2212.01593; YOLOv6 v3)"
@@ -145,10 +145,11 @@ def fused(self:QARepVGGBlockV2)->FusedConv:
     weight, bias = fold_batchnorm(self.conv3.weight, 0., self.bn3)
     return FusedConv(*fold_batchnorm(self.add_branches(weight), bias, self.bn), self.stride, 1, self.act)
 
-# %% ../nbs/00_blocks.ipynb #9e5d1e4b
+# %% ../nbs/00_blocks.ipynb #7a7ce450
 def _patches(x):
-    "Of 3x3 pixels that do not overlap, at about ten rows and ten columns of an image: a view (B, rows, columns, 3, 3, C)"
-    every = [max(3, side // 10) for side in x.shape[2:]]
+    "Of 3x3 pixels that do not overlap, at about ten rows and ten columns of a map, forty of an image: a view (B, rows, columns, 3, 3, C)"
+    rows = 40 if x.shape[1] == 3 else 10
+    every = [max(3, side // rows) for side in x.shape[2:]]
     return x.unfold(2, 3, every[0]).unfold(3, 3, every[1]).movedim(1, -1)
 
 class _TakePatches(torch.autograd.Function):

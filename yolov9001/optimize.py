@@ -55,7 +55,7 @@ def weight_decay(
     forgetting = .05 if config.weights else 1 / (rate * max(steps / 4, 100))
     return config.weight_decay if config.weight_decay >= 0 else OPTIMIZERS[config.optimizer].get('weight_decay', forgetting)
 
-# %% ../nbs/01g_optimize.ipynb #0d9b8ab2
+# %% ../nbs/01g_optimize.ipynb #1b1c41a7
 def make_optimizer(
     model:nn.Module, # its parameters are trained
     config:TrainConfig, # its `optimizer`, `lr`, `weight_decay` and `beta2`
@@ -66,5 +66,5 @@ def make_optimizer(
     others = [p for p in model.parameters() if p.ndim != 4]
     groups = [dict(params=weights, weight_decay=weight_decay(config, steps)), dict(params=others, weight_decay=0.)]
     lr = config.lr or OPTIMIZERS[config.optimizer]['lr']
-    if config.optimizer == 'adamw': return torch.optim.AdamW(groups, lr=lr, betas=(.9, config.beta2))
+    if config.optimizer == 'adamw': return torch.optim.AdamW(groups, lr=lr, betas=(.9, config.beta2), fused=True)
     return torch.optim.SGD(groups, lr=lr, momentum=.937, nesterov=True)
