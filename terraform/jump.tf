@@ -22,7 +22,7 @@ resource "aws_instance" "jump" {
   iam_instance_profile                 = aws_iam_instance_profile.jump.name
   instance_initiated_shutdown_behavior = "stop" # it keeps the results
   ebs_optimized                        = true
-  user_data                            = templatefile("${path.module}/cloud-init.yaml.tftpl", { stall_minutes = var.stall_minutes, first_script = "", names = {} })
+  user_data                            = templatefile("${path.module}/cloud-init.yaml.tftpl", { limit_minutes = var.stall_minutes > 0 ? var.stall_minutes : 60 * var.max_hours, first_script = "", names = {} })
   tags                                 = { Name = "${var.name}-jump", Role = "jump" }
   metadata_options {
     http_tokens                 = "required"
@@ -32,6 +32,8 @@ resource "aws_instance" "jump" {
     encrypted   = true
     volume_type = "gp3"
     volume_size = var.jump_gib
+    throughput  = local.throughput.jump
+    iops        = local.iops.jump
   }
   lifecycle {
     ignore_changes = [ami, user_data] # no reason to lose the results
@@ -88,11 +90,17 @@ resource "aws_iam_instance_profile" "jump" {
 }
 
 locals {
-  jump_names = merge(local.names, { NAME = var.name, REGION = var.region, NETWORK = local.subnet, ADDRESS = local.jump_address })
+  jump_names = merge(local.names, {
+    NAME    = var.name
+    REGION  = var.region
+    NETWORK = local.subnet
+    ADDRESS = local.jump_address
+    FOLDERS = join(" ", var.send_folders)
+  })
 }
 
 resource "terraform_data" "prep" {
-  triggers_replace = [aws_instance.jump.id, aws_instance.jump.public_ip, local.jump_names, var.send_folders] # a new address: it was started again
+  triggers_replace = [aws_instance.jump.id, aws_instance.jump.public_ip, local.jump_names] # a new address: it was started again
   depends_on = [
     aws_route_table_association.cluster,
     aws_vpc_security_group_ingress_rule.ssh,
@@ -104,8 +112,8 @@ resource "terraform_data" "prep" {
   provisioner "local-exec" {
     command = "bash ${path.module}/scripts/push.sh ubuntu@${aws_instance.jump.public_ip} ${join(" ", var.send_folders)}"
     environment = {
-      SSH_KEY = var.ssh_private_key == null ? "" : pathexpand(var.ssh_private_key)
-      NAMES   = join("\n", [for name, value in local.jump_names : "${name}='${value}'"])
+      SSH   = local.ssh_jump
+      NAMES = join("\n", [for name, value in local.jump_names : "${name}='${value}'"])
     }
   }
   lifecycle {
@@ -113,5 +121,21 @@ resource "terraform_data" "prep" {
       condition     = !contains(["stopping", "stopped"], aws_instance.jump.instance_state)
       error_message = "The jump host is stopped, and ML servers would wait for it in vain. Start it first: terraform output -raw start_jump is the command."
     }
+  }
+}
+
+# Nothing but a warning before the jump host and its volume go
+resource "terraform_data" "results" {
+  triggers_replace = aws_instance.jump.id
+  depends_on       = [terraform_data.prep]
+  input = {
+    SSH    = local.ssh_jump
+    HOST   = "ubuntu@${aws_instance.jump.public_ip}"
+    FOLDER = "${path.module}/../runs/${var.name}"
+  }
+  provisioner "local-exec" {
+    when        = destroy
+    command     = "bash ${path.module}/scripts/unfetched.sh"
+    environment = self.input
   }
 }

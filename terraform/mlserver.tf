@@ -5,8 +5,13 @@ locals {
     ROOT          = "/srv/yolov9001"
     DATA          = var.data
     STALL_MINUTES = var.stall_minutes
+    MAX_HOURS     = var.max_hours
     END           = "sudo systemctl poweroff"
   }
+  # gp3 writes 125 MB/s unless more is paid: as much as the instance can take, at 4 IOPS a MB/s
+  types      = { jump = data.aws_ec2_instance_type.jump, ml = data.aws_ec2_instance_type.ml }
+  throughput = { for role, type in local.types : role => max(125, min(1000, floor(type.ebs_performance_maximum_throughput))) }
+  iops       = { for role, megabytes in local.throughput : role => max(3000, 4 * megabytes) }
 }
 
 data "aws_ec2_instance_type" "ml" {
@@ -24,28 +29,6 @@ resource "aws_placement_group" "ml" {
   strategy = "cluster"
 }
 
-resource "aws_network_interface" "efa" {
-  count           = var.efa ? var.ml_count : 0
-  interface_type  = "efa"
-  subnet_id       = aws_subnet.cluster.id
-  private_ips     = [local.ml_addresses[count.index]]
-  security_groups = [aws_security_group.cluster.id]
-  lifecycle {
-    precondition {
-      condition     = data.aws_ec2_instance_type.ml.efa_supported
-      error_message = "${var.ml_type} has no Elastic Fabric Adapter: set efa = false, or take a type that has one, such as g5.8xlarge."
-    }
-  }
-}
-
-resource "aws_eip" "efa" {
-  # checkov:skip=CKV2_AWS_19: bound to the network interface of an ML server
-  count             = var.efa ? var.ml_count : 0
-  domain            = "vpc"
-  network_interface = aws_network_interface.efa[count.index].id
-  depends_on        = [aws_internet_gateway.cluster]
-}
-
 resource "aws_instance" "mlserver" {
   # checkov:skip=CKV_AWS_88: you reach it by SSH; the security group lets in only ssh_cidr
   # checkov:skip=CKV_AWS_126: one-minute metrics cost money and nobody looks at them for some hours
@@ -53,16 +36,16 @@ resource "aws_instance" "mlserver" {
   count                                = var.ml_count
   ami                                  = var.ml_ami != null ? var.ml_ami : nonsensitive(data.aws_ssm_parameter.ml_ami[0].value)
   instance_type                        = var.ml_type
-  subnet_id                            = var.efa ? null : aws_subnet.cluster.id
-  private_ip                           = var.efa ? null : local.ml_addresses[count.index]
-  associate_public_ip_address          = var.efa ? null : true
-  vpc_security_group_ids               = var.efa ? null : [aws_security_group.cluster.id]
+  subnet_id                            = aws_subnet.cluster.id
+  private_ip                           = local.ml_addresses[count.index]
+  associate_public_ip_address          = true
+  vpc_security_group_ids               = [aws_security_group.cluster.id]
   key_name                             = aws_key_pair.user.key_name
   placement_group                      = var.placement_group ? aws_placement_group.ml[0].name : null
   instance_initiated_shutdown_behavior = "terminate" # a stopped one would still cost its volume
   ebs_optimized                        = true
   user_data = templatefile("${path.module}/cloud-init.yaml.tftpl", {
-    stall_minutes = var.stall_minutes
+    limit_minutes = 10
     first_script  = "mlserver.sh"
     names = merge(local.names, {
       JUMP       = local.jump_address
@@ -76,13 +59,6 @@ resource "aws_instance" "mlserver" {
   })
   user_data_replace_on_change = true
   tags                        = { Name = "${var.name}-ml${count.index}", Role = "mlserver" }
-  dynamic "network_interface" {
-    for_each = var.efa ? [aws_network_interface.efa[count.index].id] : []
-    content {
-      network_interface_id = network_interface.value
-      device_index         = 0
-    }
-  }
   dynamic "instance_market_options" {
     for_each = var.spot ? [1] : []
     content {
@@ -101,8 +77,10 @@ resource "aws_instance" "mlserver" {
     encrypted   = true
     volume_type = "gp3"
     volume_size = var.root_gib
+    throughput  = local.throughput.ml
+    iops        = local.iops.ml
   }
-  depends_on = [terraform_data.prep]
+  depends_on = [terraform_data.prep, terraform_data.results]
   lifecycle {
     ignore_changes       = [ami]
     replace_triggered_by = [terraform_data.prep] # new data or code: new servers

@@ -1,8 +1,9 @@
 variable "ssh_cidr" {
-  description = "Your own address, from which SSH is allowed, such as 203.0.113.7/32; at most a /16 network"
+  description = "Network from which SSH is allowed, such as 203.0.113.7/32, at most a /16; null for the address that each apply comes from"
   type        = string
+  default     = null
   validation {
-    condition     = can(cidrhost(var.ssh_cidr, 0)) && try(tonumber(split("/", var.ssh_cidr)[1]) >= 16, false)
+    condition     = var.ssh_cidr == null || can(cidrhost(var.ssh_cidr, 0)) && try(tonumber(split("/", var.ssh_cidr)[1]) >= 16, false)
     error_message = "Give an IPv4 network of /16 or smaller, best your own address with /32; the machines are not opened to the world."
   }
 }
@@ -64,12 +65,16 @@ variable "ml_count" {
 }
 
 variable "data" {
-  description = "'coco' is downloaded to the jump host, 'digits' is embedded; else a data set's folder or data.yaml, relative to the repository and inside send_folders"
+  description = "'coco' is downloaded to the jump host, 'digits' is embedded; else a data set's folder or data.yaml, relative to the repository and in send_folders"
   type        = string
   default     = "coco"
   validation {
     condition     = can(regex("^[A-Za-z0-9_][A-Za-z0-9_./-]*$", var.data))
     error_message = "Use letters, digits and . _ - / only, relative to the repository."
+  }
+  validation {
+    condition     = contains(["coco", "digits"], var.data) || anytrue([for folder in var.send_folders : startswith("${var.data}/", "${folder}/")])
+    error_message = "${var.data} is not sent: name it, or a folder around it, in send_folders; or use coco or digits."
   }
 }
 
@@ -94,7 +99,7 @@ variable "run" {
 }
 
 variable "parameters" {
-  description = "Parameters of the training, as after -p: { epochs = \"300\", batch_size = \"64\" }"
+  description = "Parameters of the training, as after -p: { epochs = \"300\" }; batch_size and lr are chosen by the number of GPUs unless given here"
   type        = map(string)
   default     = {}
   validation {
@@ -104,12 +109,22 @@ variable "parameters" {
 }
 
 variable "stall_minutes" {
-  description = "Machines end themselves when training has ended, or nothing was logged for this long; 0 keeps them, and their cost, until you destroy them"
+  description = "An ML server ends when it wrote no checkpoint for this long, the jump host when nothing arrived; 0 keeps them until max_hours"
   type        = number
   default     = 60
   validation {
     condition     = var.stall_minutes == 0 || var.stall_minutes >= 15
     error_message = "Give 0 or at least 15 minutes."
+  }
+}
+
+variable "max_hours" {
+  description = "Whatever happens, training stops after this time with a checkpoint, and the machines end"
+  type        = number
+  default     = 24
+  validation {
+    condition     = var.max_hours >= 1 && var.max_hours <= 720 && floor(var.max_hours) == var.max_hours
+    error_message = "Give whole hours from 1 to 720."
   }
 }
 
@@ -120,13 +135,7 @@ variable "spot" {
 }
 
 variable "placement_group" {
-  description = "Put the ML servers close together, which doubles the speed of a single flow to 10 Gbit/s"
-  type        = bool
-  default     = true
-}
-
-variable "efa" {
-  description = "Elastic Fabric Adapter, for types that have one; uses an elastic IP per ML server, of which AWS allows 5 unless you ask for more"
+  description = "Put the ML servers close together: a single flow gets 10 Gbit/s instead of 5, but AWS runs out of capacity sooner"
   type        = bool
   default     = false
 }

@@ -41,11 +41,20 @@ class Namespaces:
         self.processes.append(subprocess.Popen(self.words(name, words), **options))
         return self.processes[-1]
 
+    def pids(self, name):
+        "What runs on a host"
+        found = subprocess.run(['ip', 'netns', 'pids', self.tag + name], capture_output=True, text=True).stdout
+        return [int(pid) for pid in found.split()]
+
+    def kill(self, name):
+        "End all that runs on a host, at once, as if it lost power"
+        for pid in self.pids(name):
+            try: os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError: pass
+
     def close(self):
         for name in self.names:
-            for pid in subprocess.run(['ip', 'netns', 'pids', self.tag + name], capture_output=True, text=True).stdout.split():
-                try: os.kill(int(pid), signal.SIGKILL)
-                except ProcessLookupError: pass
+            self.kill(name)
             self.ip('netns', 'delete', self.tag + name)
         for process in self.processes: process.wait()
 

@@ -1,4 +1,5 @@
 "The bench on whole files: a six-output detector, a QDQ file whose scales count, and what bad input gets"
+import json
 import shutil
 import subprocess
 import sys
@@ -9,11 +10,14 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from yolov9001 import board, rk3588_bench
+from yolov9001.npu import compiler
 from yolov9001.core import InputError
-from yolov9001.data import load_split, make_digits
-from yolov9001.evaluate import detect_all, runtime_predictor
-from yolov9001.latency import estimate_ms, parse_layer_table
+from yolov9001.data.dataset import make_digits
+from yolov9001.data.formats import load_split
+from yolov9001.detection.evaluate import detect_all
+from yolov9001.int8.onnx import runtime_predictor
+from yolov9001.npu import board
+from yolov9001.npu.latency import estimate_ms, parse_layer_table
 from yolov9001.rk3588_bench import Npu, bench, bench_board, read_onnx, toolkit_version
 
 needs_toolkit = pytest.mark.skipif(toolkit_version() is None, reason='rknn-toolkit2 is not installed')
@@ -113,7 +117,7 @@ def test_int8_weights_of_a_qdq_file_are_the_ones_that_run(images, tmp_path, monk
             npu.compile_onnx(path, tmp_path/'weights.rknn')
             return (np.round(npu(images)[0]/step) == np.round(wanted/step))[wanted > 0].mean()
     assert equal() > .999
-    monkeypatch.setattr(rk3588_bench, '_weights_for_toolkit', lambda path, folder: path)
+    monkeypatch.setattr(compiler, 'weights_for_toolkit', lambda path, folder: path)
     assert equal() < .9
 
 
@@ -143,13 +147,42 @@ def test_calibration_must_fit_the_file(detector, images, tmp_path):
 
 @needs_toolkit
 def test_what_the_toolkit_refuses_is_one_line_and_leaves_nothing(tmp_path):
-    node = helper.make_node('NoSuchOperator', ['images'], ['out'])
+    node = helper.make_node('NoSuchOperator', ['images'], ['out'], domain='com.microsoft')      # which we leave to the toolkit
     value = lambda name: helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3, HEIGHT, WIDTH])
     path = tmp_path/'strange.onnx'
-    onnx.save(helper.make_model(helper.make_graph([node], 'strange', [value('images')], [value('out')]), ir_version=8), path)
+    onnx.save(helper.make_model(helper.make_graph([node], 'strange', [value('images')], [value('out')]), ir_version=8,
+                                opset_imports=[helper.make_opsetid('', 13), helper.make_opsetid('com.microsoft', 1)]), path)
     with pytest.raises(InputError, match='strange.onnx: rknn-toolkit2') as caught: bench(path, rknn_path=tmp_path/'strange.rknn')
     assert '\n' not in str(caught.value) and 'log' in str(caught.value.__cause__)
     assert [p.name for p in tmp_path.iterdir()] == ['strange.onnx']
+
+
+@needs_toolkit
+def test_a_file_for_the_board_tells_its_names_and_its_origin(images, tmp_path):
+    path = quantized_file(tmp_path/'named.onnx', 1/256)
+    named = onnx.load(path)
+    helper.set_model_props(named, dict(class_names=json.dumps(['Straße', '犬']), box_code='rational'))
+    onnx.save(named, path)
+    with Npu() as npu: npu.compile_onnx(path, tmp_path/'named.rknn')
+    card = board.read_card(str(tmp_path/'named.rknn'))
+    assert card['class_names'] == ['Straße', '犬'] and card['input_size'] == [HEIGHT, WIDTH] and card['targets'] == ['rk3588']
+    assert card['toolkit_version'] == toolkit_version() and (card['confidence'], card['iou']) == (.3, .65)
+    assert compiler.source_of(tmp_path/'named.rknn') == path
+    again = compiler.simulate_rknn(tmp_path/'named.rknn')
+    assert again(images)[0].shape == (4, 8, HEIGHT//2, WIDTH//2)
+    again.close()
+
+
+def test_files_quantized_for_other_runtimes_are_refused(tmp_path):
+    weights = ', '.join('1' for _ in range(8*3*3*3))
+    text = ('<ir_version: 8, opset_import: ["": 13]> one (float[1,3,8,8] images) => (float y) '
+            f'<float s = {{1}}, int8 z = {{0}}, int8[8,3,3,3] w = {{{weights}}}> ')
+    forms = dict(QOperator='{ q = QuantizeLinear(images, s, z) c = QLinearConv(q, s, z, w, s, z, s, z) y = DequantizeLinear(c, s, z) }',
+                 dynamic='{ q, t, u = DynamicQuantizeLinear(images) c = ConvInteger(q, w) y = Cast<to = 1>(c) }')
+    for name, nodes in forms.items():
+        file = onnx.parser.parse_model(text + nodes)
+        onnx.save(file, tmp_path/f'{name}.onnx')
+        with pytest.raises(InputError, match=f'{name}.onnx: quantized already, in {name}.*export the float model, or QDQ'): bench(tmp_path/f'{name}.onnx')
 
 
 @needs_toolkit
@@ -173,7 +206,7 @@ def test_unknown_target(detector):
 
 
 def test_without_the_toolkit(detector, monkeypatch):
-    monkeypatch.setattr(rk3588_bench, 'toolkit_version', lambda: None)
+    monkeypatch.setattr(compiler, 'toolkit_version', lambda: None)
     with pytest.raises(InputError, match='pip install --no-deps rknn-toolkit2'): bench(detector)
 
 
@@ -183,8 +216,8 @@ def test_no_milliseconds_for_chips_that_nothing_was_fitted_on():
 
 
 class Simulated:
-    "The simulator in the place of a core of the board: `run` and `close`, one call at a time"
-    lock = threading.Lock()
+    "The simulator in the place of a core of the board: one call at a time"
+    name, lock = 'simulated core', threading.Lock()
 
     def __init__(self, npu): self.npu = npu
     def run(self, image):
@@ -193,27 +226,34 @@ class Simulated:
 
 
 @needs_toolkit
-def test_the_script_of_the_board_finds_what_evaluate_finds(detector, images, tmp_path):
+def test_the_pipeline_of_the_board_finds_what_evaluate_finds(detector, images, tmp_path):
     data = make_digits(tmp_path/'digits', train=2, val=3)
     val = load_split(data, 'val')
     with Npu() as npu:
         npu.compile_onnx(detector, tmp_path/'detector.rknn', calibration=images)
         expected = detect_all(lambda batch: npu(batch.numpy()), val, (HEIGHT, WIDTH), progress=False)
-        numbers, found = board.run_board('detector.rknn', str(data/'images'), (HEIGHT, WIDTH), cores=3, confidence=.001, runtime=lambda *_: Simulated(npu))
-    assert numbers['frames'] == 5 and numbers['cores'] == 3 and numbers['run_ms'] > 0
+        pipeline = board.Pipeline([Simulated(npu) for _ in range(3)], (HEIGHT, WIDTH), confidence=.001)
+        frames = {Path(frame.name).name: frame for frame in pipeline.run(board.open_source(str(data/'images')))}
+    numbers = board.latency(pipeline)
+    assert numbers['frames'] == 5 and numbers['requests'] == 3 and numbers['run_ms'] > 0
     for record in val.records:
-        (boxes, scores, classes), want = found[record.path.name], expected[record.image_id]
+        (boxes, scores, classes), want = frames[record.path.name].found, expected[record.image_id]
         ours, theirs = (sorted(map(tuple, np.column_stack([np.round(s, 4), c, np.round(b, 1)]).tolist())) for b, s, c in
                         ((boxes, scores, classes), (want.boxes.numpy(), want.scores.numpy(), want.classes.numpy())))
         assert len(ours) == len(theirs) > 0
         assert np.abs(np.array([row[0] for row in ours]) - [row[0] for row in theirs]).max() < 1e-3
 
 
-def test_the_script_of_the_board_stands_alone(tmp_path):
+@needs_toolkit
+def test_the_script_of_the_board_stands_alone(detector, images, tmp_path):
+    with Npu() as npu: npu.compile_onnx(detector, tmp_path/'model.rknn', calibration=images)
     script = shutil.copy(board.__file__, tmp_path/'board.py')
-    words = [sys.executable, '-I', script, 'model.rknn', '--source', tmp_path, '--input-size', '64x96']
-    result = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 2 and 'rknnlite' in result.stderr and 'Traceback' not in result.stderr
+    words = [sys.executable, '-I', script, 'model.rknn', '--source', tmp_path]
+    refused = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert refused.returncode == 2 and 'no image there' in refused.stderr and 'Traceback' not in refused.stderr
+    make_digits(tmp_path/'digits', train=1, val=1)
+    result = subprocess.run([*words[:-1], tmp_path/'digits'/'images'], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2 and 'pip install rknn-toolkit-lite2' in result.stderr and 'Traceback' not in result.stderr
 
 
 @needs_toolkit

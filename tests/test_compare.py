@@ -7,12 +7,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from yolov9001.compare import Budget, compare, read_rows
 from yolov9001.core import InputError, project_folder
-from yolov9001.data import make_digits
-from yolov9001.latency import PUBLISHED, fit_prices, leave_family_out, model_ms
-from yolov9001.peers import ultralytics_version
+from yolov9001.data.dataset import make_digits
+from yolov9001.npu.latency import PUBLISHED, fit_prices, leave_family_out, model_ms
+from yolov9001.research.compare import Budget, compare, read_rows
+from yolov9001.research.peers import ultralytics_version
 from yolov9001.rk3588_bench import toolkit_version
+from yolov9001.workbook import run_notebook
 
 needs_toolkit = pytest.mark.skipif(toolkit_version() is None, reason='rknn-toolkit2 is not installed')
 needs_ultralytics = pytest.mark.skipif(ultralytics_version() is None, reason="ultralytics is not installed: pip install -e '.[compare]'")
@@ -48,7 +49,7 @@ def test_finished_rows_are_kept_and_other_budgets_refused(tiny):
     folder, words = tiny
     before = {file: file.stat().st_mtime_ns for file in (folder/'out').glob('*/val.json')}
     given = folder/'out'/'yolov8n-0'/'model.onnx'
-    result = command(*words, '--models', f'ours,yolov8n,{given}=yolov9001.peers:decode_peer')
+    result = command(*words, '--models', f'ours,yolov8n,{given}=yolov9001.research.peers:decode_peer')
     assert result.returncode == 0, result.stderr
     assert before == {file: file.stat().st_mtime_ns for file in before}
     rows = read_rows(folder/'out').set_index('model')
@@ -60,6 +61,17 @@ def test_finished_rows_are_kept_and_other_budgets_refused(tiny):
 
 
 @needs_toolkit
+def test_the_notebook_shows_the_same_table(tiny):
+    "papermill runs it with parameters; what the command has finished is kept"
+    folder, words = tiny
+    knobs = dict(data=str(folder/'digits'), models='ours', out=str(folder/'out'), epochs=1, input_size=96, batch_size=8, calibration=4)
+    run_notebook('compare', folder/'notebook', knobs)
+    cells = json.loads((folder/'notebook'/'compare.ipynb').read_text())['cells']
+    shown = [output['data'] for cell in cells for output in cell.get('outputs', []) if 'data' in output]
+    assert any('np' in ''.join(data.get('text/html', '')) for data in shown) and any('image/png' in data for data in shown)
+
+
+@needs_toolkit
 @needs_ultralytics
 def test_a_failing_peer_is_one_line(tiny):
     result = command(*tiny[1], '--models', 'yolov99n')
@@ -68,18 +80,18 @@ def test_a_failing_peer_is_one_line(tiny):
 
 @needs_toolkit
 def test_without_ultralytics_the_remedy_is_told_at_once(tiny, monkeypatch):
-    monkeypatch.setattr('yolov9001.compare.ultralytics_version', lambda: None)
+    monkeypatch.setattr('yolov9001.research.compare.ultralytics_version', lambda: None)
     with pytest.raises(InputError, match=r"pip install -e '.\[compare\]'"): compare(['yolov8n'], [0], Budget(str(tiny[0]/'digits')), tiny[0]/'none')
     assert not (tiny[0]/'none').exists()
 
 
 def test_the_package_never_imports_ultralytics():
-    code = 'import sys, yolov9001.workbook, yolov9001.compare, yolov9001.design; assert not any(m.startswith("ultralytics") for m in sys.modules)'
+    code = 'import sys, yolov9001.workbook, yolov9001.research.compare, yolov9001.research.design; assert not any(m.startswith("ultralytics") for m in sys.modules)'
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
 
 
 def test_the_estimate_tells_activations_apart_and_fits_families_it_has_not_seen():
-    table = pd.read_csv(project_folder()/'nbs'/'published_layers.csv')
+    table = pd.read_csv(project_folder()/'nbs'/'npu'/'published_layers.csv')
     ms, published = model_ms(table), pd.Series({name: 1000/fps for name, fps in PUBLISHED.items()})
     assert (abs(ms/published - 1) < .18).all()
     assert ms['yolov5s_relu'] < .8*ms['yolov5s']

@@ -1,11 +1,15 @@
-"The Terraform configuration: checked, tested with a mocked provider, then applied to a fake EC2 on loopback with the real provider. Nothing here touches AWS."
+"""The Terraform configuration: checked, tested with a mocked provider, then applied to a fake EC2 on loopback with the real provider.
+
+Nothing here touches AWS."""
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,18 +27,30 @@ def run(*words, expect=0, **options):
 
 
 def tool(name):
-    if not (TOOLS/name).exists(): pytest.skip(f'no {name}: python3 -m venv terraform/.venv && terraform/.venv/bin/pip install -r terraform/requirements.txt')
+    if not (TOOLS/name).exists(): pytest.skip(f'no {name} in terraform/.venv: see terraform/requirements.txt')
     return TOOLS/name
+
+
+MIRROR = """disable_checkpoint = true
+provider_installation {{
+  filesystem_mirror {{
+    path    = "{}"
+    include = ["*/*"]
+  }}
+}}
+"""
 
 
 def terraform_settings(folder):
     "Environment of terraform: the user's own settings where they exist, else a mirror of providers on this machine, else the registry"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(('AWS_', 'TF_VAR_'))} | dict(TF_IN_AUTOMATION='1', CHECKPOINT_DISABLE='1')
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(('AWS_', 'TF_VAR_'))}
+    environment |= dict(TF_IN_AUTOMATION='1', CHECKPOINT_DISABLE='1')
     if os.path.isfile(environment.get('TF_CLI_CONFIG_FILE', '')): return environment
     environment.pop('TF_CLI_CONFIG_FILE', None)
-    mirrors = [path.parents[5] for root in (Path('/opt'), Path('/usr/share'), Path.home()) for path in root.glob('*tf-plugins*/*/hashicorp/aws/*/*/terraform-provider-aws_*')]
+    places = Path('/opt'), Path('/usr/share'), Path.home()
+    mirrors = [path.parents[5] for place in places for path in place.glob('*tf-plugins*/*/hashicorp/aws/*/*/terraform-provider-aws_*')]
     if mirrors:
-        (folder/'terraformrc').write_text(f'disable_checkpoint = true\nprovider_installation {{\n  filesystem_mirror {{\n    path    = "{mirrors[0]}"\n    include = ["*/*"]\n  }}\n}}\n')
+        (folder/'terraformrc').write_text(MIRROR.format(mirrors[0]))
         environment['TF_CLI_CONFIG_FILE'] = str(folder/'terraformrc')
     return environment
 
@@ -45,11 +61,14 @@ def configuration(tmp_path_factory):
     if not shutil.which('terraform'): pytest.skip('terraform is not installed')
     folder = tmp_path_factory.mktemp('terraform')
     environment = terraform_settings(folder)
-    shutil.copytree(TERRAFORM, folder/'repo'/'terraform', ignore=shutil.ignore_patterns('.venv', '.terraform*', '*.tfstate*', '__pycache__'))
+    left_out = shutil.ignore_patterns('.venv', '.terraform', '.caller', '*.tfstate*', '__pycache__')
+    shutil.copytree(TERRAFORM, folder/'repo'/'terraform', ignore=left_out)
     run('git', 'init', '-q', cwd=folder/'repo')
     run('git', 'add', '-A', cwd=folder/'repo')
-    try: result = run('terraform', 'init', '-input=false', '-no-color', expect=None, cwd=folder/'repo'/'terraform', env=environment)
+    words = 'terraform', 'init', '-input=false', '-no-color', '-lockfile=readonly'
+    try: result = run(*words, expect=None, cwd=folder/'repo'/'terraform', env=environment)
     except subprocess.TimeoutExpired: pytest.skip('terraform init: no provider within 15 minutes')
+    assert 'checksums' not in result.stderr, f'.terraform.lock.hcl names another provider: {result.stderr}'
     if result.returncode: pytest.skip(f'terraform init cannot get the AWS provider here: {result.stderr.strip()[-300:]}')
     return folder/'repo'/'terraform', environment
 
@@ -67,14 +86,15 @@ def test_validate_and_terraform_test(configuration):
 
 
 def test_order_and_diagram(configuration):
-    "ML servers wait for prep, prep for the jump host, and the diagram in the README shows it"
+    "ML servers wait for prep, prep for the jump host, and the picture in the README shows it"
     folder, environment = configuration
     sys.path.insert(0, str(TERRAFORM))
-    from diagram import LABELS, contract, edges, mermaid
+    from diagram import LABELS, contract, edges, svg
     dot = run('terraform', 'graph', cwd=folder, env=environment).stdout
     pairs = contract(edges(dot), set(LABELS))
-    assert {('aws_instance.jump', 'terraform_data.prep'), ('terraform_data.prep', 'aws_instance.mlserver')} <= pairs
-    assert mermaid(dot) in (TERRAFORM/'README.md').read_text(), 'the diagram is out of date: python terraform/diagram.py --write'
+    assert {('aws_instance.jump', 'terraform_data.prep'), ('terraform_data.results', 'aws_instance.mlserver')} <= pairs
+    assert svg(dot) == (TERRAFORM/'terraform-diagram.svg').read_text(), 'the picture is out of step: python terraform/diagram.py'
+    assert '](terraform-diagram.svg)' in (TERRAFORM/'README.md').read_text()
 
 
 def test_contract_joins_and_prunes():
@@ -84,7 +104,8 @@ def test_contract_joins_and_prunes():
 
 
 def test_checkov():
-    result = run(tool('checkov'), '--framework', 'terraform', '--skip-download', '--output', 'json', '-d', TERRAFORM, '--skip-path', '.venv', '--skip-path', '.terraform', expect=None)
+    options = '--framework terraform --skip-download --output json --skip-path .venv --skip-path .terraform'
+    result = run(tool('checkov'), *options.split(), '-d', TERRAFORM, expect=None)
     report = json.loads(result.stdout)['results']
     assert not [(check['check_id'], check['resource']) for check in report['failed_checks']]
     assert len(report['passed_checks']) > 50 and all(check['check_result'].get('suppress_comment') for check in report['skipped_checks'])
@@ -92,96 +113,150 @@ def test_checkov():
 
 @pytest.fixture(scope='module')
 def fake_aws(tmp_path_factory):
-    "Environment that leads the AWS provider and boto3 to a fake on loopback"
+    "Environment that leads the AWS provider and boto3 to a fake on loopback, and the folder that tells it what it has no capacity for"
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
-    server = subprocess.Popen([tool('python'), TERRAFORM/'tests'/'fake_aws.py', str(port)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    folder = tmp_path_factory.mktemp('fake')
+    words = [tool('python'), TERRAFORM/'tests'/'fake_aws.py', str(port), folder]
+    server = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert server.stdout.readline().strip() == 'ready'
-    yield dict(AWS_ENDPOINT_URL=f'http://127.0.0.1:{port}', AWS_ACCESS_KEY_ID='test', AWS_SECRET_ACCESS_KEY=SECRETS['credentials'], AWS_EC2_METADATA_DISABLED='true', AWS_MAX_ATTEMPTS='2',
-               NO_PROXY='127.0.0.1')
+    yield dict(AWS_ENDPOINT_URL=f'http://127.0.0.1:{port}', AWS_ACCESS_KEY_ID='test', AWS_SECRET_ACCESS_KEY=SECRETS['credentials'],
+               AWS_EC2_METADATA_DISABLED='true', AWS_MAX_ATTEMPTS='2', NO_PROXY='127.0.0.1'), folder
     server.kill()
     server.wait()
 
 
 FAKE_SSH = '''#!/bin/sh
-cat >/dev/null
+[ -t 0 ] || cat >/dev/null
 echo "$@" >>"$SSH_LOG"
-case "$*" in *prep.sh*) exit "$PREP_EXIT" ;; esac
+case "$*" in
+  *prep.sh*) exit "$PREP_EXIT" ;;
+  *find*) printf 'train/last.pt\\t1\\n' ;;
+esac
 '''
 
 
 USER_DATA = """
 import base64, boto3, json
 ec2 = boto3.client('ec2', region_name='us-east-1')
-machines = [machine for reservation in ec2.describe_instances()['Reservations'] for machine in reservation['Instances']]
-read = lambda machine: ec2.describe_instance_attribute(InstanceId=machine['InstanceId'], Attribute='userData')['UserData']['Value']
-print(json.dumps({tag['Value']: base64.b64decode(read(machine)).decode() for machine in machines for tag in machine['Tags'] if tag['Key'] == 'Name'}))
+texts = {}
+for machine in [machine for reservation in ec2.describe_instances()['Reservations'] for machine in reservation['Instances']]:
+    text = ec2.describe_instance_attribute(InstanceId=machine['InstanceId'], Attribute='userData')['UserData']['Value']
+    tags = {tag['Key']: tag['Value'] for tag in machine['Tags']}
+    texts[tags['Name']] = base64.b64decode(text).decode()
+print(json.dumps(texts))
 """
 
 
 @pytest.fixture(scope='module')
-def applied(configuration, fake_aws):
-    "Apply with a prep that fails, then with one that succeeds; afterwards destroy"
-    folder, environment = configuration
-    (folder.parent/'bin').mkdir()
-    (folder.parent/'bin'/'ssh').write_text(FAKE_SSH)
-    (folder.parent/'bin'/'ssh').chmod(0o755)
-    (folder.parent/'user key').write_text(SECRETS['key'])
-    environment = environment | fake_aws | dict(PATH=f"{folder.parent}/bin:{environment['PATH']}", SSH_LOG=str(folder.parent/'ssh.log'))
-    options = dict(cwd=folder, env=environment | dict(TF_VAR_ssh_cidr='203.0.113.7/32', TF_VAR_ssh_public_key='tests/user_key.pub', TF_VAR_ssh_private_key=str(folder.parent/'user key'), TF_VAR_ml_count='2',
-                                                      TF_VAR_parameters='{"epochs": "2"}'))
+def person(configuration, fake_aws):
+    "Somebody who applies: the environment, in which ssh is a stub and AWS the fake, and the folder of the key and of what ssh was asked"
+    environment, aws, home = configuration[1], fake_aws[0], configuration[0].parents[1]
+    (home/'bin').mkdir()
+    for name, text in (('ssh', FAKE_SSH), ('curl', '#!/bin/sh\necho 198.51.100.7\n')):
+        (home/'bin'/name).write_text(text)
+        (home/'bin'/name).chmod(0o755)
+    (home/'user key').write_text(SECRETS['key'])
+    keys = dict(TF_VAR_ssh_public_key='tests/user_key.pub', TF_VAR_ssh_private_key=str(home/'user key'))
+    stubs = dict(PATH=f"{home}/bin:{environment['PATH']}", SSH_LOG=str(home/'ssh.log'), GRACE='0', PREP_EXIT='0')
+    return environment | aws | stubs | keys, home
+
+
+@pytest.fixture(scope='module')
+def applied(configuration, fake_aws, person):
+    "Apply with a prep that fails, with AWS out of capacity for one server, then with success; afterwards destroy"
+    folder, fake, (environment, home) = configuration[0], fake_aws[1], person
+    environment = environment | dict(TF_VAR_ml_count='2', TF_VAR_parameters='{"epochs": "2"}')
     steps = {}
+
     def terraform(step, *words, prep=0, expect=0):
-        steps[step] = run('terraform', *words, expect=expect, **options | dict(env=options['env'] | dict(PREP_EXIT=str(prep)))).stdout
+        started = time.monotonic()
+        result = run('terraform', *words, expect=expect, cwd=folder, env=environment | dict(PREP_EXIT=str(prep)))
+        steps[step], steps[f'{step}, errors'], steps[f'{step}, seconds'] = result.stdout, result.stderr, time.monotonic() - started
     terraform('plan', 'plan', '-input=false', '-no-color', '-out=plan')
     terraform('failed', 'apply', '-input=false', '-no-color', 'plan', prep=3, expect=1)
     terraform('after failure', 'state', 'list')
     # the fake reads some attributes back differently from what was set, so it is not asked again
-    terraform('applied', 'apply', '-refresh=false', '-auto-approve', '-input=false', '-no-color')
+    apply = 'apply', '-refresh=false', '-auto-approve', '-input=false', '-no-color'
+    (fake/'no_capacity').write_text('10.90.0.12')
+    terraform('no capacity', *apply, expect=1)
+    steps['asked'] = (fake/'asked').read_text().split()
+    terraform('after no capacity', 'state', 'list')
+    (fake/'no_capacity').unlink()
+    terraform('applied', *apply)
     terraform('outputs', 'output', '-json')
     terraform('state', 'show', '-json')
     steps['user data'] = run(tool('python'), '-c', USER_DATA, env=environment).stdout
     steps['terminated'] = run(tool('python'), TERRAFORM/'scripts'/'terminate.py', 'yolov9001', 'us-east-1', env=environment).stdout
     terraform('destroyed', 'destroy', '-refresh=false', '-auto-approve', '-input=false', '-no-color')
     terraform('after destroy', 'state', 'list')
-    steps['ssh'] = (folder.parent/'ssh.log').read_text()
+    steps['ssh'] = (home/'ssh.log').read_text()
     return steps
+
+
+def outputs(applied): return {name: entry['value'] for name, entry in json.loads(applied['outputs']).items()}
 
 
 def test_a_failed_prep_creates_no_ml_server(applied):
     assert 'aws_instance.jump' in applied['after failure'].split()
     assert 'aws_instance.mlserver' not in applied['after failure'] + applied['failed']
+
+
+def test_no_capacity_is_told_at_once(applied):
+    "Not after 50 minutes of silent retries; what exists stays, and the next apply adds what was missing"
+    assert 'InsufficientInstanceCapacity' in applied['no capacity, errors'] and 'aws_instance.mlserver[1]' in applied['no capacity, errors']
+    assert len(applied['asked']) == 3 and applied['no capacity, seconds'] < 240
+    assert 'aws_instance.mlserver[0]' in applied['after no capacity'] and 'aws_instance.mlserver[1]' not in applied['after no capacity']
     assert 'aws_instance.mlserver[1]: Creation complete' in applied['applied']
+    assert 'aws_instance.mlserver[0]: Creat' not in applied['applied']
 
 
 def test_the_cost_is_shown_before_anything_is_created(applied):
-    cost = re.search(r'about 3.97 USD an hour: .*\)', applied['plan'])[0]
-    assert cost in (TERRAFORM/'COSTS.md').read_text(), 'the page on costs shows another sum than terraform plan'
+    cost = re.search(r'about .* USD an hour: .*\)', applied['plan'])[0]
+    assert cost in (TERRAFORM/'COSTS.md').read_text(), f'the page on costs shows another sum than terraform plan: {cost}'
+
+
+def test_ssh_is_allowed_from_the_address_of_the_caller(applied):
+    rules = [resource['values'] for resource in resources(applied) if resource['type'] == 'aws_vpc_security_group_ingress_rule']
+    assert {rule['cidr_ipv4'] for rule in rules} == {'198.51.100.7/32', None}
 
 
 def test_outputs(applied):
-    outputs = {name: entry['value'] for name, entry in json.loads(applied['outputs']).items()}
-    assert len(set(outputs['mlserver_public_ips'])) == 2
-    key, = set(re.findall("-i '([^']+)'", ' '.join(outputs['attach'])))
-    assert Path(key).read_text() == SECRETS['key']
-    assert outputs['attach'] == [f"ssh -i '{key}' -t ubuntu@{ip} screen -x ddptrain" for ip in outputs['mlserver_public_ips']]
-    assert f"ubuntu@{outputs['jump_public_ip']} sudo bash /srv/yolov9001/repo/terraform/scripts/prep.sh /etc/yolov9001.env" in applied['ssh']
+    found = outputs(applied)
+    assert len(set(found['mlserver_public_ips'])) == 2 and found['ssh'] == found['attach'][0]
+    for command, ip in zip(found['attach'], found['mlserver_public_ips']):
+        words = shlex.split(command)
+        assert Path(words[words.index('-i') + 1]).read_text() == SECRETS['key']
+        assert words[-2] == f'ubuntu@{ip}' and 'screen -x ddptrain' in words[-1]
+    prep = 'sudo flock --close --wait 3600 /srv/yolov9001/prep.lock bash /srv/yolov9001/scripts/prep.sh /etc/yolov9001.env'
+    assert f"ubuntu@{found['jump_public_ip']} {prep}" in applied['ssh']
+
+
+def test_host_keys_are_kept_by_instance(applied):
+    ids = [re.search(r'HostKeyAlias=(i-\w+) ', command)[1] for command in outputs(applied)['attach']]
+    machines = {resource['values']['id']: resource['values'] for resource in resources(applied) if resource['type'] == 'aws_instance'}
+    assert [machines[name]['tags']['Name'] for name in ids] == ['yolov9001-ml0', 'yolov9001-ml1']
+    jump, = set(re.findall(r'HostKeyAlias=(i-\w+) ', applied['ssh']))
+    assert machines[jump]['tags']['Role'] == 'jump'
 
 
 def test_results_are_fetched_into_a_folder_that_need_not_exist(applied, tmp_path):
-    fetch, jump = (json.loads(applied['outputs'])[name]['value'] for name in ('fetch_results', 'jump_public_ip'))
     (tmp_path/'rsync').write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >{tmp_path}/words\n')
     (tmp_path/'rsync').chmod(0o755)
-    run('bash', '-c', fetch, cwd=tmp_path, env=os.environ | dict(PATH=f"{tmp_path}:{os.environ['PATH']}"))
+    run('bash', '-c', outputs(applied)['fetch_results'], cwd=tmp_path, env=os.environ | dict(PATH=f"{tmp_path}:{os.environ['PATH']}"))
     *_, identity, source, target = (tmp_path/'words').read_text().splitlines()
-    assert identity.startswith("ssh -i '") and source == f'ubuntu@{jump}:/srv/yolov9001/results/' and (tmp_path/target).parent.is_dir()
+    assert identity.startswith("ssh -i '") and source == f"ubuntu@{outputs(applied)['jump_public_ip']}:/srv/yolov9001/results/"
+    assert (tmp_path/target).parent.is_dir()
+
+
+def resources(applied): return json.loads(applied['state'])['values']['root_module']['resources']
 
 
 def test_tags_and_no_secret_in_the_state(applied):
-    resources = json.loads(applied['state'])['values']['root_module']['resources']
-    servers = [resource['values'] for resource in resources if resource['address'].startswith('aws_instance.mlserver')]
-    assert [(server['tags_all']['Cluster'], server['tags_all']['Role'], server['iam_instance_profile']) for server in servers] == [('yolov9001', 'mlserver', '')] * 2
+    servers = [resource['values'] for resource in resources(applied) if resource['address'].startswith('aws_instance.mlserver')]
+    assert len(servers) == 2 and all(server['iam_instance_profile'] == '' for server in servers)
+    assert all((server['tags_all']['Cluster'], server['tags_all']['Role']) == ('yolov9001', 'mlserver') for server in servers)
     for secret in SECRETS.values(): assert secret not in applied['state'] + applied['user data'] + applied['ssh']
 
 
@@ -198,8 +273,73 @@ def test_the_jump_host_ends_servers_that_hang(applied):
     assert len(re.findall(r'i-[0-9a-f]+', applied['terminated'])) == 2
 
 
+def test_destroy_warns_of_results_that_were_not_fetched(applied):
+    "After the ML servers have ended, before the jump host does"
+    lines = applied['destroyed'].splitlines()
+    at = lambda text: next(i for i, line in enumerate(lines) if text in line)
+    assert 'such as train/last.pt' in lines[at('WARNING: 1 results on the jump host were not fetched')]
+    assert at('aws_instance.mlserver[0]: Destruction complete') < at('WARNING') < at('aws_instance.jump: Destroying')
+
+
 def test_destroy_leaves_nothing(applied):
     assert 'Destroy complete!' in applied['destroyed'] and not applied['after destroy'].strip()
+
+
+STUB = """#!/bin/sh
+echo "$(basename "$0")" "$@" >>{}/called
+"""
+
+
+@pytest.fixture(scope='module')
+def example(configuration, person):
+    "The README's cluster by its own lines: what they print, what ssh was asked, and what each machine was told"
+    folder, (environment, home) = configuration[0], person
+    readme = (TERRAFORM/'README.md').read_text()
+    settings = re.search(r'^cat >terraform.tfvars <<END\n.*?^END$', readme, re.S | re.M)[0]
+    create = re.search(r'^terraform destroy.*?(?=^```)', readme, re.S | re.M)[0]
+    (home/'ssh.log').unlink(missing_ok=True)
+    environment = environment | dict(TF_CLI_ARGS_apply='-refresh=false -no-color', TF_CLI_ARGS_destroy='-refresh=false -no-color')
+    shown = run('bash', '-c', f'{settings}\n{create}', cwd=folder, env=environment).stdout
+    told = json.loads(run(tool('python'), '-c', USER_DATA, env=environment).stdout)
+    asked = (home/'ssh.log').read_text().splitlines()
+    run('terraform', 'destroy', '-auto-approve', '-input=false', cwd=folder, env=environment)
+    (folder/'terraform.tfvars').unlink()
+    return shown, asked, told
+
+
+def test_three_lines_of_the_readme_lead_into_the_training(example):
+    shown, asked, told = example
+    assert 'Apply complete!' in shown and told.keys() == {'yolov9001-jump', 'yolov9001-ml0', 'yolov9001-ml1'}
+    assert any('prep.sh' in line for line in asked) and 'screen -x ddptrain' in asked[-1]
+
+
+@pytest.mark.parametrize('server', [0, 1])
+def test_the_servers_of_the_readme_train_together(example, tmp_path, server):
+    "From what cloud-init writes on a server to the command of the training, whose words are then read"
+    from yolov9001.training.config import check_values, run_config
+    content = re.search(r"content: \|\n((?: {6}.*\n)+)", example[2][f'yolov9001-ml{server}'])[1]
+    told = dict(line.strip().split('=', 1) for line in content.splitlines())
+    told = {name: value.strip("'") for name, value in told.items()} | dict(ROOT=str(tmp_path), END='true', VENV=str(tmp_path/'venv'))
+    (tmp_path/'venv'/'bin').mkdir(parents=True)
+    for name in ('yolov9001', 'python', 'nvidia-smi'):
+        text = "#!/bin/sh\necho GPU 0\n" if name == 'nvidia-smi' else STUB.format(tmp_path)
+        (tmp_path/'venv'/'bin'/name).write_text(text)
+        (tmp_path/'venv'/'bin'/name).chmod(0o755)
+    images = tmp_path/'store'/'data'/'coco'/'images'
+    images.mkdir(parents=True)
+    for i in range(4000): (images/f'{i}.jpg').touch()
+    (tmp_path/'env').write_text('\n'.join(f"{name}='{value}'" for name, value in told.items()))
+    path = f"{tmp_path}/venv/bin:{os.environ['PATH']}"
+    run('bash', TERRAFORM/'scripts'/'train.sh', tmp_path/'env', env=os.environ | dict(PATH=path, GRACE='0'))
+    meeting, training = [shlex.split(line) for line in (tmp_path/'called').read_text().splitlines()]
+    assert meeting[:3] == ['python', str(TERRAFORM/'scripts'/'rendezvous.py'), 'wait'] and told['HOSTS'] in meeting
+    words = dict(zip(training[2::2], training[3::2]))
+    assert training[:2] == ['yolov9001', 'train'] and words['--address'] == told['HOSTS'].split(',')[server]
+    assert words['--hosts'] == f"{told['JUMP']},{told['HOSTS']}" and '--resume' in training
+    parameters = [word for before, word in zip(training, training[1:]) if before == '-p']
+    config = run_config(words['--data'], words['--out'], p=parameters)
+    check_values(config)
+    assert (config.epochs, config.batch_size, config.lr) == (300, 128, .008)        # two GPUs of 64 images
 
 
 def find(environment, *words, expect=0):
@@ -207,38 +347,51 @@ def find(environment, *words, expect=0):
     return run(tool('python'), TERRAFORM/'find_instance.py', *words, expect=expect, env=own | environment)
 
 
-def test_zones_that_offer_both_types(fake_aws):
-    result = json.loads(find(fake_aws, *TYPES, '--json', '--regions', 'us-east-1', 'eu-west-3', 'eu-central-2').stdout)
-    assert [row['zone'] for row in result['zones']] == ['us-east-1a', 'us-east-1b', 'us-east-1c', 'us-east-1d', 'us-east-1f', 'eu-west-3a', 'eu-west-3b']
+@pytest.fixture(scope='module')
+def aws(fake_aws): return fake_aws[0]
+
+
+def test_zones_that_offer_both_types(aws):
+    result = json.loads(find(aws, *TYPES, '--json', '--regions', 'us-east-1', 'eu-west-3', 'eu-central-2').stdout)
+    zones = 'us-east-1a us-east-1b us-east-1c us-east-1d us-east-1f eu-west-3a eu-west-3b'
+    assert [row['zone'] for row in result['zones']] == zones.split()
     assert result['zones'][0]['vcpus'] == dict(zip(TYPES, (32, 4))) and result['failed'] == {}
     assert set(result['zones'][0]['spot_usd_per_hour']) == set(result['zones'][0]['vcpu_quota']) == set(TYPES)
 
 
-def test_table_of_all_regions(fake_aws):
-    lines = find(fake_aws, *TYPES).stdout.splitlines()
-    assert lines[0].startswith('zone') and any(line.startswith('eu-west-3a') for line in lines) and not any(line.startswith('eu-west-3c') for line in lines)
+def test_table_of_all_regions(aws):
+    lines = find(aws, *TYPES).stdout.splitlines()
+    zones = [line.split()[0] for line in lines]
+    assert zones[0] == 'zone' and 'eu-west-3a' in zones and 'eu-west-3c' not in zones
 
 
-def test_no_zone_is_told_apart_from_an_unknown_type(fake_aws):
-    assert 'no zone offers all of' in find(fake_aws, *TYPES, '--regions', 'us-west-1', expect=1).stderr
-    assert 'g5.xlarg: no such instance type' in find(fake_aws, 'g5.xlarg', '--regions', 'us-west-1', expect=2).stderr
-    assert 'did you mean us-east-2, us-east-1' in find(fake_aws, 'g5.xlarge', '--regions', 'us-east-9', expect=2).stderr
+def test_no_zone_is_told_apart_from_an_unknown_type(aws):
+    assert 'no zone offers all of' in find(aws, *TYPES, '--regions', 'us-west-1', expect=1).stderr
+    assert 'g5.xlarg: no such instance type' in find(aws, 'g5.xlarg', '--regions', 'us-west-1', expect=2).stderr
+    assert 'did you mean us-east-2, us-east-1' in find(aws, 'g5.xlarge', '--regions', 'us-east-9', expect=2).stderr
 
 
-def test_errors_without_access(fake_aws, tmp_path):
+def test_errors_without_access(aws, tmp_path):
     nothing = dict(HOME=str(tmp_path), AWS_EC2_METADATA_DISABLED='true')
     assert 'no AWS credentials; run `aws configure`' in find(nothing, 'g5.xlarge', expect=2).stderr
     assert 'could not be found' in find(nothing | {'AWS_PROFILE': 'none'}, 'g5.xlarge', expect=2).stderr
-    unreachable = fake_aws | nothing | dict(AWS_ENDPOINT_URL='http://127.0.0.1:9')
+    unreachable = aws | nothing | dict(AWS_ENDPOINT_URL='http://127.0.0.1:9')
     error = find(unreachable, 'g5.xlarge', expect=2).stderr
     assert 'AWS does not answer' in error and 'Traceback' not in error
 
 
-@pytest.mark.parametrize('instance_type, code', [('g5.xlarge', 'L-DB2E81BA'), ('gr6.4xlarge', 'L-DB2E81BA'), ('p4d.24xlarge', 'L-417A185B'), ('c8gn.8xlarge', 'L-1216C47A'),
-                                                 ('trn1.2xlarge', 'L-2C3B7624'), ('i4i.large', 'L-1216C47A'), ('inf2.xlarge', 'L-1945791B')])
+@pytest.mark.parametrize('instance_type, code', [
+    ('g5.xlarge', 'L-DB2E81BA'),
+    ('gr6.4xlarge', 'L-DB2E81BA'),
+    ('p4d.24xlarge', 'L-417A185B'),
+    ('c8gn.8xlarge', 'L-1216C47A'),
+    ('trn1.2xlarge', 'L-2C3B7624'),
+    ('i4i.large', 'L-1216C47A'),
+    ('inf2.xlarge', 'L-1945791B'),
+])
 def test_quota_code(instance_type, code):
-    code_of = f"import sys; sys.path.insert(0, {str(TERRAFORM)!r}); from find_instance import quota_code; print(quota_code({instance_type!r}))"
-    assert run(tool('python'), '-c', code_of).stdout.strip() == code
+    code_of = f'from find_instance import quota_code; print(quota_code({instance_type!r}))'
+    assert run(tool('python'), '-c', code_of, cwd=TERRAFORM).stdout.strip() == code
 
 
 def test_skypilot_calls_the_launch_script(tmp_path):
@@ -250,6 +403,9 @@ def test_skypilot_calls_the_launch_script(tmp_path):
     stub.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/words\n')
     stub.chmod(0o755)
     run('bash', '-n', '-c', task['setup'])
-    run('bash', '-c', task['run'], cwd=REPO, env=os.environ | task['envs'] | dict(HOME=str(tmp_path), SKYPILOT_NODE_IPS='10.0.0.1\n10.0.0.2', SKYPILOT_NODE_RANK='1'))
-    assert (tmp_path/'words').read_text().split() == ['train', '--data', f'{tmp_path}/yolov9001/store/data/coco', '--out', f'{tmp_path}/yolov9001/results/train',
-        '--hosts', '10.0.0.1,10.0.0.2', '--address', '10.0.0.2', '--devices', 'auto', '--resume', '-p', 'epochs=300']
+    own = dict(HOME=str(tmp_path), SKYPILOT_NODE_IPS='10.0.0.1\n10.0.0.2', SKYPILOT_NODE_RANK='1')
+    run('bash', '-c', task['run'], cwd=REPO, env=os.environ | task['envs'] | own)
+    root = tmp_path/'yolov9001'
+    assert (tmp_path/'words').read_text().split() == ['train', '--data', f'{root}/store/data/coco', '--out', f'{root}/results/train',
+        '--hosts', '10.0.0.1,10.0.0.2', '--address', '10.0.0.2', '--devices', 'auto', '--resume',
+        '-p', 'batch_size=16', '-p', 'lr=0.004', '-p', 'epochs=300', '--config', 'coco']

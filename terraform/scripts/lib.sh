@@ -1,8 +1,32 @@
 # shellcheck shell=bash
 # What the scripts of both phases share; sourced, never run.
 
+LIB=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
 log() { printf '%s %s: %s\n' "$(date -u +%FT%TZ)" "${0##*/}" "$*" >&2; }
 die() { log "$*"; exit 1; }
+
+daemon() { # NAME COMMAND...: in the background for good, in the place of an earlier one of that name
+  local folder=$ROOT/daemons name=$1 before
+  shift
+  mkdir -p "$folder"
+  before=$(cat "$folder/$name.pid" 2>/dev/null || true)
+  if grep -qs "$ROOT" "/proc/${before:-none}/cmdline"; then kill -- "-$before"; fi # the number may be another process's after a restart
+  setsid "$@" </dev/null >>"$folder/$name.log" 2>&1 &
+  echo $! >"$folder/$name.pid"
+}
+
+finish() { # CODE: send the results, then end this machine, after a failure only in ten minutes: somebody may look at it
+  echo "$1" >"$ROOT/results/exit_code"
+  [[ -z ${JUMP:-} ]] || ONCE=1 retry 5 bash "$LIB/sync.sh" "$ROOT/results" "http://$JUMP/results/$ADDRESS" || true
+  ((STALL_MINUTES)) || return 0
+  if (($1 && $1 != 143)); then # 143: it was asked to end
+    log "failed with exit code $1: this machine ends in ten minutes, or $STALL_MINUTES after: sudo touch $ROOT/keep"
+    sleep "${GRACE:-600}" || true # Ctrl-C: now
+    [[ ! -e $ROOT/keep ]] || return 0
+  fi
+  eval "$END"
+}
 
 retry() { # TIMES COMMAND...: until it succeeds; waits 1, 2, 4 ... at most 30 s in between
   local times=$1 attempt pause=1
@@ -15,6 +39,8 @@ retry() { # TIMES COMMAND...: until it succeeds; waits 1, 2, 4 ... at most 30 s 
   log "gave up after $times attempts: $*"
   return 1
 }
+
+want_venv() { python3 -c 'import ensurepip' 2>/dev/null || want venv=python3-venv; }
 
 want() { # COMMAND=PACKAGE...: installs the packages of the commands that are missing
   local pair missing=()
@@ -54,7 +80,7 @@ sum_of() { # MANIFEST NAME: the SHA-256 of one file in it
 }
 
 coco() { # FOLDER: COCO 2017 from $COCO_URL, checked against $COCO_SUMS, laid out as `yolov9001 train --data` wants it
-  local folder=$1 url=${COCO_URL:-http://images.cocodataset.org} sums=${COCO_SUMS:-${BASH_SOURCE[0]%/*}/coco.sha256} sum path split
+  local folder=$1 url=${COCO_URL:-http://images.cocodataset.org} sums=${COCO_SUMS:-$LIB/coco.sha256} sum path split
   [[ -f $folder/complete ]] && return
   mkdir -p "$folder/zips" "$folder/annotations" "$folder/images"
   while read -r sum path; do fetch "$url/$path" "$folder/zips/${path##*/}" "$sum" || return; done <"$sums"
@@ -110,14 +136,32 @@ http {
 CONF
 }
 
-tool() { # VENV PACKAGE: a virtual environment of its own for one tool
-  [[ -d $1 ]] || { python3 -m venv "$1.part" && mv "$1.part" "$1"; } || return
-  retry 3 "$1/bin/python" -m pip install -q "$2"
+images() { # FOLDER or data.yaml: how many there are
+  local folder=$1
+  [[ -d $folder ]] || folder=$(dirname "$folder")
+  find -L "$folder" -type f \( -iname '*.jpg' -o -iname '*.jpeg' -o -iname '*.png' -o -iname '*.bmp' -o -iname '*.webp' \) | wc -l
 }
 
-install_python() { # VENV REPO: the package and its dependencies, by uv; nothing to do where they are installed
+global_batch() { # GPUS IMAGES: images a step of all GPUs together and the peak learning rate, as parameters of the training
+  # 64 a GPU keep it busy. More than 256 a step, or than a 16th of the images, are too few steps to learn from; 16 is the recipe's own.
+  # AdamW's rate of 0.004 at 16 grows with the square root of the batch (arXiv 2205.10287), at most to twice: that is what was tried.
+  awk -v gpus="$1" -v images="$2" 'BEGIN {
+    for (batch = 16; batch * 2 <= 64 * gpus && batch * 2 <= 256 && batch * 2 <= images / 16; batch *= 2);
+    rate = 0.004 * sqrt(batch / 16)
+    printf "batch_size=%d lr=%.4g\n", batch, rate < 0.008 ? rate : 0.008
+  }'
+}
+
+tool() { # VENV LOCK: a virtual environment of its own for one tool, of the versions in LOCK and no other
+  [[ -d $1 ]] || { python3 -m venv "$1.part" && mv "$1.part" "$1"; } || return
+  retry 3 "$1/bin/python" -m pip install -q --require-hashes -r "$2"
+}
+
+install_python() { # VENV REPO: the package, and what it needs in the versions of locks/yolov9001.txt; nothing to do where it is installed
   [[ -x $1/bin/yolov9001 ]] && return
-  tool "$1.uv" 'uv>=0.8,<1' || return
-  "$1.uv/bin/python" -m uv venv -q --clear --python "${PYTHON:-python3}" "$1" || return
-  retry 3 "$1.uv/bin/python" -m uv pip install --python "$1/bin/python" -e "$2"
+  local locks=$LIB/../locks
+  tool "$1.uv" "$locks/uv.txt" || return
+  "$1.uv/bin/python" -m uv venv -q --clear --python "${PYTHON:-3.12}" "$1" || return
+  retry 3 "$1.uv/bin/python" -m uv pip install -q --python "$1/bin/python" --require-hashes -r "$locks/yolov9001.txt" || return
+  "$1.uv/bin/python" -m uv pip install -q --python "$1/bin/python" --no-deps --no-build-isolation -e "$2" # setuptools is in the lock
 }

@@ -1,18 +1,13 @@
 #!/usr/bin/env bash
-# Phase 2, on an ML server, as root: fetch and verify the blob, choose storage, start training in the screen session ddptrain.
+# Phase 2, on an ML server, as root: install the package while the blob comes, choose storage, start training in the screen session ddptrain.
 # Usage: mlserver.sh ENV_FILE
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/lib.sh"
 # shellcheck source=/dev/null
 . "$1"
+: "${VENV:=$ROOT/venv}"
 url=http://$JUMP/blob
-
-guard() {
-  ((STALL_MINUTES)) || return 0
-  setsid bash "$here/watchdog.sh" "$ROOT/results" "$STALL_MINUTES minutes" "$END" </dev/null >>"$ROOT/watchdog.log" 2>&1 &
-  systemctl stop yolov9001-limit.timer 2>/dev/null || true
-}
 
 nvme_folder() { # where the DLAMI has mounted the instance store, striped; it may need a while after boot
   lsblk -dno MODEL 2>/dev/null | grep -q 'Instance Storage' || return 1
@@ -47,14 +42,25 @@ get_blob() {
   rm "$ROOT/store/blob.tar"
 }
 
+ended() {
+  local code=$?
+  ((code == 0)) || finish "$code"
+  exit "$code"
+}
+
 mkdir -p "$ROOT/results"
 exec > >(tee -a "$ROOT/results/setup.log") 2>&1
-guard
-setsid bash "$here/sync.sh" "$ROOT/results" "http://$JUMP/results/$ADDRESS" </dev/null >/dev/null 2>&1 &
-if [[ $SPOT == true ]]; then setsid bash "$here/spot.sh" "$ROOT/train.pid" </dev/null >>"$ROOT/results/spot.log" 2>&1 & fi
+trap ended EXIT
+# only a checkpoint counts as life: a run that restarts for ever, or will never get to its next checkpoint, goes on writing to its log
+daemon watchdog bash "$here/watchdog.sh" "$ROOT/results" '*.pt' $((STALL_MINUTES * 60)) $((MAX_HOURS * 3600)) "bash $here/end_server.sh $1"
+systemctl stop yolov9001-limit.timer 2>/dev/null || true
+daemon sync bash "$here/sync.sh" "$ROOT/results" "http://$JUMP/results/$ADDRESS"
+[[ $SPOT != true ]] || daemon spot bash "$here/spot.sh" "$ROOT/train.pid"
 want aria2c=aria2 screen=screen
-python3 -c 'import ensurepip' 2>/dev/null || want venv=python3-venv
+want_venv
+install_python "$VENV" "$ROOT/repo" & installed=$!
 get_blob
+wait "$installed" || die 'the package could not be installed, see above'
 chown -R "$OWNER" "$ROOT"
 runuser -u "$OWNER" -- screen -dmS ddptrain bash "$here/train.sh" "$1"
 log "training started; attach with: screen -x ddptrain"

@@ -1,11 +1,19 @@
 #!/usr/bin/env bash
-# Phase 1, on the jump host, as root: data set, blob, manifest, web server. It may be run again: what is there and right is kept.
+# Phase 1, on the jump host, as root: repository (a .tar.gz from stdin), data set, blob, web server, rendezvous.
+# It may be run again: what was downloaded and is right is kept. push.sh holds a lock while it runs.
 # Usage: prep.sh ENV_FILE
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/lib.sh"
 # shellcheck source=/dev/null
 . "$1"
+: "${VENV:=$ROOT/venv}" "${PORT:=29400}"
+
+receive() {
+  rm -rf "$ROOT/repo"
+  mkdir -p "$ROOT/repo"
+  tar -xmzf - -C "$ROOT/repo" --no-same-owner
+}
 
 get_data() {
   mkdir -p "$ROOT/data"
@@ -16,15 +24,21 @@ get_data() {
   esac
 }
 
-pack() { # blob.tar, scripts.tar and their manifest, each replaced whole
+pack() { # code.tar, small, from which a server can install while it downloads blob.tar, the data; and their manifest
+  local folder without=() with=(data)
+  for folder in $FOLDERS; do
+    without+=("--exclude=repo/$folder")
+    with+=("repo/$folder")
+  done
   mkdir -p "$ROOT/blob"
   cd "$ROOT/blob"
-  tar --sort=name --owner=0 --group=0 --numeric-owner -C "$ROOT" -cf blob.tar.part repo data
-  tar -C "$ROOT/repo/terraform" -cf scripts.tar.part scripts
+  local tar=(tar --sort=name --owner=0 --group=0 --numeric-owner --anchored --no-wildcards -C "$ROOT")
+  "${tar[@]}" "${without[@]}" -cf code.tar.part repo
+  "${tar[@]}" -cf blob.tar.part "${with[@]}"
+  mv code.tar.part code.tar
   mv blob.tar.part blob.tar
-  mv scripts.tar.part scripts.tar
   stat -c %s blob.tar >blob.bytes
-  sha256sum blob.tar scripts.tar blob.bytes >manifest.part
+  sha256sum blob.tar code.tar blob.bytes >manifest.part
   mv manifest.part manifest.sha256
   log "packed $(cat blob.bytes) bytes"
 }
@@ -42,10 +56,24 @@ serve() {
   curl -fsS --retry 5 --retry-connrefused "http://$ADDRESS/blob/manifest.sha256"
 }
 
+ended() { # a failure is no reason to pay for an hour of nothing
+  local code=$?
+  ((code == 0)) || bash "$here/guard.sh" "$env_file" 10
+  exit "$code"
+}
+
+env_file=$1
+trap ended EXIT
 mkdir -p "$ROOT"
+receive
 want nginx=nginx aria2c=aria2 unzip=unzip curl=curl
-python3 -c 'import ensurepip' 2>/dev/null || want venv=python3-venv
+want_venv
+install_python "$VENV" "$ROOT/repo" & installed=$! # while the data come
 get_data
 pack
 serve
+wait "$installed" || die 'the package could not be installed, see above; run terraform apply again'
+# shellcheck disable=SC2016
+daemon rendezvous bash -c 'while true; do "$@"; sleep 1; done' serve "$VENV/bin/python" "$here/rendezvous.py" serve "$PORT"
+retry 10 bash -c "exec 3<>/dev/tcp/$ADDRESS/$PORT" || die "the rendezvous does not answer, see $ROOT/daemons/rendezvous.log"
 log "ready: http://$ADDRESS/blob/ is served to $NETWORK"

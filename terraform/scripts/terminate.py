@@ -10,9 +10,12 @@ def terminate(
 )->list: # ids of what was terminated
     "Terminate by tag; the role of the jump host allows nothing else"
     ec2 = boto3.client('ec2', region_name=region)
-    filters = {'tag:Cluster': [name], 'tag:Role': ['mlserver'], 'instance-state-name': ['pending', 'running', 'stopping', 'stopped']}
-    pages = ec2.get_paginator('describe_instances').paginate(Filters=[dict(Name=key, Values=values) for key, values in filters.items()])
-    found = [instance['InstanceId'] for page in pages for reservation in page['Reservations'] for instance in reservation['Instances']]
+    states = ['pending', 'running', 'stopping', 'stopped']
+    wanted = {'tag:Cluster': [name], 'tag:Role': ['mlserver'], 'instance-state-name': states}
+    filters = [dict(Name=key, Values=values) for key, values in wanted.items()]
+    pages = ec2.get_paginator('describe_instances').paginate(Filters=filters)
+    reservations = [row for page in pages for row in page['Reservations']]
+    found = [instance['InstanceId'] for reservation in reservations for instance in reservation['Instances']]
     if found: ec2.terminate_instances(InstanceIds=found)
     return found
 

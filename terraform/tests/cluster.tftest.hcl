@@ -5,7 +5,10 @@ mock_provider "aws" {
     defaults = { locations = ["us-east-1b", "us-east-1a"] }
   }
   mock_data "aws_ec2_instance_type" {
-    defaults = { supported_architectures = ["arm64"], efa_supported = true }
+    defaults = { supported_architectures = ["arm64"], default_vcpus = 32, ebs_performance_maximum_throughput = 437.5 }
+  }
+  mock_data "aws_servicequotas_service_quota" {
+    defaults = { value = 96 }
   }
   mock_data "aws_iam_policy_document" {
     defaults = { json = "{}" }
@@ -44,16 +47,32 @@ run "defaults" {
     error_message = "the jump host keeps the results, an ML server that ended costs nothing"
   }
   assert {
-    condition     = alltrue([for text in [aws_instance.jump.user_data, aws_instance.mlserver[0].user_data] : length(text) < 4096 && strcontains(text, "\"--on-active=60m\", --timer-property=DefaultDependencies=no, --property=DefaultDependencies=no,") && !strcontains(text, "PRIVATE KEY")])
-    error_message = "user_data is small, holds the time limit and no secret"
+    condition     = alltrue([for text in [aws_instance.jump.user_data, aws_instance.mlserver[0].user_data] : length(text) < 4096 && !strcontains(text, "PRIVATE KEY")])
+    error_message = "user_data is small and holds no secret"
   }
   assert {
-    condition     = strcontains(output.hourly_cost, "about 2.95 USD an hour")
-    error_message = "1.90 + 1.006 + 270 GiB x 0.08 / 730 + 2 x 0.005: ${output.hourly_cost}"
+    condition     = [for text in [aws_instance.jump.user_data, aws_instance.mlserver[0].user_data] : regex("--on-active=(\\d+m)\", --timer-property=DefaultDependencies=no, --property=DefaultDependencies=no,", text)[0]] == ["60m", "10m"]
+    error_message = "a machine to which no script comes ends, one with a GPU after ten minutes"
   }
   assert {
-    condition     = length(aws_placement_group.ml) == 1 && length(aws_network_interface.efa) == 0 && length(aws_instance.mlserver[0].instance_market_options) == 0
-    error_message = "a placement group; spot and EFA only on request"
+    condition     = strcontains(aws_instance.mlserver[0].user_data, "MAX_HOURS='24'") && terraform_data.prep.triggers_replace[2].MAX_HOURS == 24
+    error_message = "both know when all must end"
+  }
+  assert {
+    condition     = [for machine in [aws_instance.jump, aws_instance.mlserver[0]] : "${machine.root_block_device[0].throughput} ${machine.root_block_device[0].iops}"] == ["437 3000", "437 3000"]
+    error_message = "disks as fast as the machine"
+  }
+  assert {
+    condition     = strcontains(output.cost, "about 2.98 USD an hour") && strcontains(output.cost, "at most 75 USD in 25 hours, then 23 a month")
+    error_message = "1.90 + 1.006 + (270 GiB x 0.08 + 2 x 312 MB/s x 0.04) / 730 + 2 x 0.005: ${output.cost}"
+  }
+  assert {
+    condition     = length(aws_placement_group.ml) == 0 && length(aws_instance.mlserver[0].instance_market_options) == 0
+    error_message = "a placement group and spot only on request"
+  }
+  assert {
+    condition     = length(terraform_data.caller) == 0
+    error_message = "nobody is asked for an address that was given"
   }
 }
 
@@ -82,34 +101,106 @@ run "many" {
     error_message = "spot"
   }
   assert {
-    condition     = !strcontains(aws_instance.jump.user_data, "on-active")
-    error_message = "no limit where it was switched off"
+    condition     = strcontains(aws_instance.jump.user_data, "--on-active=1440m")
+    error_message = "where the watch is switched off, max_hours is left"
   }
 }
 
-run "efa" {
+run "close_together" {
   command = plan
   variables {
-    efa             = true
-    ml_count        = 2
-    placement_group = false
+    placement_group = true
   }
   assert {
-    condition     = length(aws_eip.efa) == 2 && [for card in aws_network_interface.efa : card.interface_type] == ["efa", "efa"] && length(aws_placement_group.ml) == 0
-    error_message = "an EFA interface and an address each"
+    condition     = aws_placement_group.ml[0].strategy == "cluster" && aws_instance.mlserver[0].placement_group == "yolov9001"
+    error_message = "a placement group on request"
   }
 }
 
-run "efa_on_a_type_without_one" {
+run "fast_disks_have_a_limit" {
   command = plan
-  variables {
-    efa = true
+  override_data {
+    target = data.aws_ec2_instance_type.jump
+    values = { supported_architectures = ["arm64"], default_vcpus = 32, ebs_performance_maximum_throughput = 2500 }
   }
   override_data {
     target = data.aws_ec2_instance_type.ml
-    values = { efa_supported = false }
+    values = { supported_architectures = ["x86_64"], default_vcpus = 4, ebs_performance_maximum_throughput = 60 }
   }
-  expect_failures = [aws_network_interface.efa]
+  assert {
+    condition     = [for machine in [aws_instance.jump, aws_instance.mlserver[0]] : "${machine.root_block_device[0].throughput} ${machine.root_block_device[0].iops}"] == ["1000 4000", "125 3000"]
+    error_message = "gp3 has 125 to 1000 MB/s"
+  }
+}
+
+run "quota_too_small" {
+  command = plan
+  variables {
+    ml_count = 4
+  }
+  expect_failures = [data.aws_servicequotas_service_quota.vcpus["L-DB2E81BA"]]
+}
+
+run "quota_of_spot" {
+  command = plan
+  variables {
+    spot          = true
+    ml_type       = "p4d.24xlarge"
+    hourly_prices = { "p4d.24xlarge" = 22 }
+  }
+  assert {
+    condition     = keys(data.aws_servicequotas_service_quota.vcpus) == ["L-1216C47A", "L-7212CCBC"]
+    error_message = "spot has quotas of its own"
+  }
+}
+
+run "quota_for_both" {
+  command = plan
+  variables {
+    ml_type       = "c7i.8xlarge"
+    ml_count      = 3
+    hourly_prices = { "c7i.8xlarge" = 1 }
+  }
+  expect_failures = [data.aws_servicequotas_service_quota.vcpus["L-1216C47A"]]
+}
+
+run "own_address" {
+  command = plan
+  variables {
+    ssh_cidr = null
+  }
+  assert {
+    condition     = length(terraform_data.caller) == 1
+    error_message = "the address of the caller is asked for"
+  }
+}
+
+run "too_long" {
+  command = plan
+  variables {
+    max_hours = 0
+  }
+  expect_failures = [var.max_hours]
+}
+
+run "data_that_are_not_sent" {
+  command = plan
+  variables {
+    data = "datasets/mine"
+  }
+  expect_failures = [var.data]
+}
+
+run "data_inside_a_folder_that_is_sent" {
+  command = plan
+  variables {
+    data         = "datasets/mine/data.yaml"
+    send_folders = ["datasets/mine"]
+  }
+  assert {
+    condition     = terraform_data.prep.triggers_replace[2].FOLDERS == "datasets/mine"
+    error_message = "prep is told which folders are data"
+  }
 }
 
 run "preparation_only" {
@@ -160,7 +251,7 @@ run "unknown_price" {
   variables {
     ml_type = "p9.giant"
   }
-  expect_failures = [output.hourly_cost]
+  expect_failures = [output.cost]
 }
 
 run "known_price" {
@@ -170,7 +261,7 @@ run "known_price" {
     hourly_prices = { "p9.giant" = 100 }
   }
   assert {
-    condition     = strcontains(output.hourly_cost, "1 x p9.giant 100.00")
-    error_message = output.hourly_cost
+    condition     = strcontains(output.cost, "1 x p9.giant 100.00")
+    error_message = output.cost
   }
 }
