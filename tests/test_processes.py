@@ -23,8 +23,8 @@ from yolov9001.training.checkpoint import progress
 from yolov9001.training.config import TrainConfig
 from yolov9001.workbook import RunConfig, quantize_stage, run_notebook, train_stage
 
-from kill_loop import kill_loop
-from test_cluster import kill_all, wait_for
+from kill_loop import kill_family, kill_loop
+from test_cluster import wait_for
 from test_data_runs import command, refused
 
 PROGRAM = Path(sys.executable).with_name('yolov9001')
@@ -63,7 +63,7 @@ def start(tmp_path):
         return started[-1], log
     yield begin
     for process in started:
-        if process.poll() is None: kill_all(process)
+        if process.poll() is None: kill_family(process)
 
 
 def knobs(**settings): return [word for name, value in (TINY | settings).items() for word in ('-p', f'{name}={value}')]
@@ -121,7 +121,7 @@ def test_a_killed_quantization_loses_nothing(finished, run, digits, start):
     before = contents(run)
     process, log = start(PROGRAM, 'quantize', run, '-p', 'calibration=minmax')
     wait_for(lambda: any(run.glob('.int8_*/model_int8.onnx')), 100)
-    kill_all(process)
+    kill_family(process)
     assert {name: before[name] for name in before} == {name: time for name, time in contents(run).items() if not name.startswith('.')}, log.read_text()
     with ScratchFolder('.int8_', run) as ours: assert [path.name for path in run.glob('.int8_*')] == [Path(ours).name]
 
