@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['OUTPUT_NAMES', 'RUNTIMES', 'onnx_metadata', 'Runtime', 'GraphWriter', 'save_onnx', 'export_onnx', 'Metadata',
-           'read_metadata', 'bypass_registers', 'runtime_predictor', 'onnx_predictor', 'export_qdq']
+           'read_metadata', 'bypass_registers', 'sums_overflow', 'runtime_predictor', 'onnx_predictor', 'export_qdq']
 
 # %% ../../nbs/int8/onnx.ipynb #d6c93f01
 import json
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from onnx import TensorProto, helper, numpy_helper
-from onnxruntime import SessionOptions
+from onnxruntime import InferenceSession, SessionOptions
 from torch import fx, nn
 
 from ..core import InputError, quote, write_whole
@@ -157,7 +158,8 @@ def _integer_convolution(self:GraphWriter, conv, step, x, place, output):
     "A convolution from codes to an accumulator that is not rounded"
     weight, bias = (codes.cpu().numpy() for codes in conv.integers(step))
     codes, zero = self.codes[x]
-    inputs = [codes, self._constant(f'{place}.weight', weight), zero, self._constant(f'{place}.zero', np.int8(0))]
+    weight = self._constant(f'{place}.weight', (weight.astype(np.int16) + 128).astype(np.uint8))
+    inputs = [codes, weight, zero, self._constant(f'{place}.zero', np.uint8(128))]
     products = self._operator('ConvInteger', inputs, f'{output}.products', place, **_geometry(conv))
     bias = self._constant(f'{place}.bias', bias[:, None, None])
     total = self._operator('Add', [products, bias], f'{output}.accumulator', place)
@@ -346,6 +348,19 @@ def _before_levels(source, name):
         if name in source and source[name].op_type == kind: name = source[name].input[0]
     return name
 
+# %% ../../nbs/int8/onnx.ipynb #6c1d20b7
+@cache
+def sums_overflow()->bool: # True on an x86 CPU without VNNI
+    "Whether ONNX Runtime's fast INT8 sums are wrong on this CPU"
+    product = helper.make_node('MatMulInteger', ['codes', 'weights'], ['sums'])
+    codes = helper.make_tensor_value_info('codes', TensorProto.UINT8, [1, 64])
+    sums = helper.make_tensor_value_info('sums', TensorProto.INT32, [1, 64])
+    weights = numpy_helper.from_array(np.full((64, 64), 127, np.int8), 'weights')
+    file = helper.make_model(helper.make_graph([product], 'largest', [codes], [sums], [weights]),
+                             opset_imports=[helper.make_opsetid('', 13)], ir_version=8)
+    largest, = InferenceSession(file.SerializeToString()).run(None, {'codes': np.full((1, 64), 255, np.uint8)})
+    return bool((largest != 64 * 255 * 127).any())
+
 # %% ../../nbs/int8/onnx.ipynb #5259ef7c
 def runtime_predictor(
     path:str|Path, # any ONNX file with one image input
@@ -354,7 +369,7 @@ def runtime_predictor(
 )->Callable: # uint8 or float images (B, C, height, width) -> list of arrays, stacked over the images
     "Run an ONNX file by ONNX Runtime on the CPU, past the levels of registers"
     options = SessionOptions()
-    options.add_session_config_entry('session.x64quantprecision', '1')
+    if sums_overflow(): options.add_session_config_entry('session.x64quantprecision', '1')
     options.intra_op_num_threads = threads
     model = bypass_registers(path).SerializeToString()
     session = start_session(path, model, options)
