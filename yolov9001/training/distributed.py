@@ -54,8 +54,7 @@ def pick_precision(
     if device.type == 'cuda':
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
-    native = capabilities.get('amx_bf16') or capabilities.get('avx512_bf16')
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if capabilities.get('amx_bf16') else torch.float32
 
 # %% ../../nbs/training/distributed.ipynb #7740fe25
 _PLACE = 'RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'
