@@ -1,4 +1,5 @@
 "Training on several processes and hosts, through what may happen to them: real processes, hosts are network namespaces."
+import copy
 import os
 import re
 import signal
@@ -18,7 +19,9 @@ from namespaces import open_hosts
 from yolov9001.data.dataset import make_digits
 from yolov9001.train import Trainer
 from yolov9001.training.checkpoint import load_model, progress
-from yolov9001.training.config import TrainConfig
+from yolov9001.training.cluster import Plan
+from yolov9001.training.config import RunConfig, TrainConfig, make_config
+from yolov9001.workbook import _finetune_on, calibrated_twin, load_data, train_stage
 
 PROGRAM = Path(sys.executable).with_name('yolov9001')
 TINY = dict(input_size='64', batch_size=8, device='cpu', precision='float32', evaluate_every=100, sync_batchnorm='no', mosaic=0)
@@ -76,6 +79,21 @@ def test_two_devices_of_one_host(digits, tmp_path, start):
     assert len(pd.read_csv(tmp_path/'run'/'history.csv')) == 2
     assert output.count('wrote') == 1 and '[rank 0] epoch 2' in output and '[rank 1] epoch' not in output
     assert {'best.pt', 'last.pt', 'model.onnx', 'metrics.json', 'config.yaml'} <= {path.name for path in (tmp_path/'run').iterdir()}
+
+
+def test_quantization_aware_training_on_two_devices(digits, tmp_path):
+    "Two processes go through what one goes through: the same distance from the float model, and the twin that it ends with"
+    config = make_config(RunConfig, TINY | dict(data=str(digits), out=str(tmp_path), weights='none', epochs=1, qat_epochs=2, qat_lr=1e-9))
+    train_stage(config)
+    model, twin = calibrated_twin(config, load_data(config)[0])
+    ends, distances = [], []
+    for devices in (1, 2):
+        ends.append(_finetune_on(Plan(devices), config, model, copy.deepcopy(twin), False))
+        distances.append(pd.read_csv(tmp_path/'qat'/'history.csv').distance)
+    assert len(distances[1]) == 2 and distances[1].values == pytest.approx(distances[0].values, rel=1e-4)
+    images = torch.randint(0, 256, (2, 3, 64, 64))
+    with torch.no_grad(): outputs = [torch.cat([level.ravel() for level in end(images)]) for end in ends]
+    assert (outputs[0] == outputs[1]).float().mean() > .99
 
 
 @pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -224,6 +224,7 @@ def _quantize(
     data:str=None, # folder of labelled images, if it is elsewhere than when the run was trained
     p:list=None, # name=value, any of the parameters below; may be repeated
     resume:bool=False, # continue an interrupted quantization-aware training
+    devices:str='auto', # processes that train, one a device: a number, or auto for all GPUs of this host
     sensitivity:bool=False, # only tell which layers lose most when they alone are quantized
     agreement:bool=False, # only tell how exactly the simulator follows, tensor by tensor; takes minutes
     runtimes:bool=False, # only tell what ONNX Runtime, OpenVINO, TensorRT's file and the simulator make of it
@@ -237,7 +238,7 @@ def _quantize(
     if sensitivity: _print_sensitivity(sensitivity_stage(settings), run)
     elif agreement: _print_agreement(agreement_stage(settings), run)
     elif runtimes: _print_runtimes(runtimes_stage(settings), run)
-    else: _quantize_and_report(settings, run, resume)
+    else: _quantize_and_report(settings, run, resume, devices)
 
 # %% ../nbs/plumbing/cli.ipynb #3f74b713
 def _print_runtimes(table, run):
@@ -246,12 +247,14 @@ def _print_runtimes(table, run):
     print(f'wrote {run}/runtimes.csv')
 
 # %% ../nbs/plumbing/cli.ipynb #79f3eccd
-def _quantize_and_report(settings, run, resume):
+def _quantize_and_report(settings, run, resume, devices):
     "Quantize a run and write its report again"
     from yolov9001.report import write_report
     from yolov9001.training.launch import load_data
     from yolov9001.workbook import quantize_stage
-    print_json(data=quantize_stage(settings, resume))
+    metrics = quantize_stage(settings, resume, devices)
+    if 'RANK' in os.environ: return      # the process that started the others prints
+    print_json(data=metrics)
     print(f'wrote {run}/model_int8.onnx, {run}/model.rknn and {run}/layers.csv')
     try: print(f'report: {write_report(run, load_data(settings)[1])}')
     except InputError as error: warnings.warn(f'no report: {error}')

@@ -11,7 +11,6 @@ __all__ = ['check_config', 'require_toolkit', 'read_metrics', 'update_metrics', 
 # %% ../nbs/05_workbook.ipynb #516e7af5
 import builtins
 import errno
-import json
 import os
 import sys
 import time
@@ -48,20 +47,21 @@ from .int8.onnx import RUNTIMES, export_onnx, export_qdq, onnx_metadata, onnx_pr
 from .int8.runtimes import compare_runtimes
 from .int8.twin import Twin
 from .model import YOLOv9001, count_parameters, layer_costs
-from .quantize import (CALIBRATIONS, FIDELITY_IMAGES, calibrate, fidelity, finetune, load_twin, save_twin,
-                                sensitivity, weight_ranges)
+from .quantize import (CALIBRATIONS, FIDELITY_IMAGES, QuantizedTrainer, Student, calibrate, fidelity, finetune,
+                                load_twin, save_twin, sensitivity, weight_ranges)
 from .report import save_evaluation, write_report
 from .npu.board import Recording, read_card, to_codes, verify
 from .npu.video import watch_video
 from .rk3588_bench import TARGETS, Compiled, Npu, simulate_file, simulate_rknn, toolkit_version
 from .train import Trainer, prepare
 from .training.checkpoint import check_classes, check_folder, load_model, predictor, write_data
-from .training.cluster import make_plan
+from .training.cluster import Plan, count_devices, make_plan, run_processes
 from .training.config import RunConfig, check_values, write_config
 from .training.distributed import pick_device
 from .training.launch import check_start, launch, load_data
 from .training.stopping import PassOnSignals, end_process
 from .training.timing import wants_bar
+from .weights import load_weights, read_checkpoint
 
 # %% ../nbs/05_workbook.ipynb #aa05fdcf
 _LEAST = dict(calibration_images=1, qat_epochs=0, qat_lr=1e-9)
@@ -281,13 +281,34 @@ def agreement_stage(
     if (out/'report.html').exists(): write_report(out, val)
     return table
 
+# %% ../nbs/05_workbook.ipynb #c7d84f1a
+def _finetune_on(plan, config, model, twin, resume):
+    "Quantization-aware training on the devices of this host"
+    folder = Path(config.out)/'qat'
+    if plan.alone: return finetune(config, model, twin, resume).ema.model.deploy().cpu()
+    if not resume: (folder/'last.pt').unlink(missing_ok=True)
+    save_twin(twin, folder/'calibrated.pt', load_model(f'{config.out}/best.pt')[1])
+    run_processes(plan, [str(Path(sys.executable).with_name('yolov9001')), 'quantize', config.out], folder)
+    student = Student(twin, model)
+    load_weights(student, read_checkpoint(folder/'last.pt', QuantizedTrainer.format)['weights'], folder/'last.pt')
+    return student.deploy()
+
+# %% ../nbs/05_workbook.ipynb #e2a6907b
+def _finetune_process(config):
+    "What one of several processes does: it trains the twin that the first process has calibrated"
+    model, _ = load_model(f'{config.out}/best.pt')
+    finetune(config, model, load_twin(f'{config.out}/qat/calibrated.pt', model), resume=True).replica.leave()
+    return {}
+
 # %% ../nbs/05_workbook.ipynb #22e6ebcf
 def quantize_stage(
     config:RunConfig, # of a run whose `best.pt` exists
     resume:bool=False, # continue an interrupted quantization-aware training
-)->dict: # metrics so far
+    devices:str|int='auto', # processes that train, one a device: auto for all GPUs of this host, or a number
+)->dict: # metrics so far, empty in the processes that only train
     "Quantize the best checkpoint, compile it with rknn-toolkit2, evaluate its INT8 simulation"
     check_config(config)
+    if 'RANK' in os.environ: return _finetune_process(config)
     require_toolkit()
     with lock_run(config.out), Npu() as npu, ScratchFolder('.int8_', config.out) as folder:
         train_split, val = load_data(config)
@@ -295,7 +316,7 @@ def quantize_stage(
         judge = partial(judge_twin, config, npu, val=val, folder=folder)
         metrics = _replace_quantization(config, judge(twin), val)
         if not config.qat_epochs: return metrics
-        trained = finetune(config, model, twin, resume).ema.model.deploy().cpu()
+        trained = _finetune_on(Plan(count_devices(devices, config.device)), config, model, twin, resume)
         return record_candidate(config, judge(trained), 'int8_qat')
 
 # %% ../nbs/05_workbook.ipynb #97ab163f
@@ -450,7 +471,7 @@ def run(
     _, val = load_data(config)
     with lock_run(out):
         run_notebook('train', out, asdict(config) | dict(resume=resume, overwrite=overwrite, devices=str(devices)))
-        run_notebook('quantize', out, dict(out=config.out, resume=resume))
+        run_notebook('quantize', out, dict(out=config.out, resume=resume, devices=str(devices)))
         run_notebook('bench', out, dict(out=config.out))
         return write_report(out, val)
 
