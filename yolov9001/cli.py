@@ -313,6 +313,7 @@ def _val(
 # %% ../nbs/plumbing/cli.ipynb #41588d56
 MODEL_FILES = '.pt', '.onnx', '.rknn'
 
+# %% ../nbs/plumbing/cli.ipynb #07c40d01
 def split_words(
     words:list, # of `yolov9001 detect`
 )->tuple: # the model, and the images; raises `InputError` where no image is named
@@ -364,6 +365,11 @@ def _export(
     if out and Path(out).suffix != '.onnx': raise InputError(f'{out}: no .onnx file; give an --out that ends in .onnx')
     if for_: return _export_int8(checkpoint, for_, out, input_size, data)
     if not out: raise InputError('--out: missing; name the .onnx file to write, or say --for RUNTIME')
+    _export_float(checkpoint, out, input_size)
+
+# %% ../nbs/plumbing/cli.ipynb #07c40d02
+def _export_float(checkpoint, out, input_size):
+    "Write the float model of a checkpoint"
     from yolov9001.data.dataset import parse_size
     from yolov9001.int8.onnx import export_onnx
     from yolov9001.training.checkpoint import load_model
@@ -392,17 +398,24 @@ def _bench(
     json:str=None, # file for the numbers
 ):
     "Compile any ONNX detector and estimate its time"
-    from yolov9001.rk3588_bench import TARGETS, bench, bench_board
+    from yolov9001.rk3588_bench import bench, bench_board
     if json: check_writable(json)
     if board and ',' in target: raise InputError(f'target {target}: several; give the one of the board')
-    chips = [chip.strip() for chip in target.split(',')]
-    for chip in chips:
-        if chip not in TARGETS: raise InputError(f"target {chip!r}: unknown; use one of {', '.join(TARGETS)}")
+    chips = _split_chips(target)
     numbers = bench_board(model, board, target) if board else [bench(model, chip).metrics() for chip in chips]
     if not board and len(numbers) == 1: numbers = numbers[0]
     print_json(data=numbers)
     if json: write_json(numbers, json)
     if not board and 'rk3588' in chips: print('estimated milliseconds come from the compiler, they are no measurement')
+
+# %% ../nbs/plumbing/cli.ipynb #07c40d03
+def _split_chips(target):
+    "The chips of --target"
+    from yolov9001.rk3588_bench import TARGETS
+    chips = [chip.strip() for chip in target.split(',')]
+    for chip in chips:
+        if chip not in TARGETS: raise InputError(f"target {chip!r}: unknown; use one of {', '.join(TARGETS)}")
+    return chips
 
 # %% ../nbs/plumbing/cli.ipynb #ef9b734f
 @command

@@ -30,6 +30,7 @@ def write_checkpoint(
 # %% ../nbs/plumbing/weights.ipynb #2f436906
 SHIPPED = files('yolov9001')/'pretrained'       # np.pt, np_int8.onnx and np.rknn
 
+# %% ../nbs/plumbing/weights.ipynb #c3c40d01
 def locate(
     path:str|Path, # a checkpoint, the folder of a run, or 'pretrained'
 )->Path: # of the file; raises `InputError` where there is none
@@ -55,7 +56,6 @@ def _check_bytes(path):
     raise InputError(f'{path}: damaged at {quote(damaged)}, its checksum differs; copy it again, or train again')
 
 # %% ../nbs/plumbing/weights.ipynb #ad887661
-MOST_CLASSES = 100_000  # of a detector
 _ENTRIES = dict(model=str, class_names=list, input_size=(int, str), weights=dict)
 
 def _is_size(text):
@@ -63,19 +63,29 @@ def _is_size(text):
     if not re.fullmatch('[0-9]{2,4}(x[0-9]{2,4})?', text): return False
     return all(int(side) % 32 == 0 for side in text.split('x'))
 
+# %% ../nbs/plumbing/weights.ipynb #c3c40d04
+MOST_CLASSES = 100_000  # of a detector
+
+def _is_names(names): return 1 <= len(names) <= MOST_CLASSES and all(isinstance(name, str) for name in names)
+
 def _is_weights(weights): return all(isinstance(n, str) and isinstance(w, torch.Tensor) for n, w in weights.items())
 
-def _check_entries(path, checkpoint):
-    "Raise `InputError` for a checkpoint that lacks something, or holds another kind of thing there"
-    wrong = [name for name, kind in _ENTRIES.items() if not isinstance(checkpoint.get(name), kind)]
-    names, weights, size = (checkpoint.get(name) for name in ('class_names', 'weights', 'input_size'))
-    if not wrong and not all(isinstance(name, str) for name in names): wrong = ['class_names']
-    if not wrong and not 1 <= len(names) <= MOST_CLASSES: wrong = ['class_names']
-    if not wrong and not _is_weights(weights): wrong = ['weights']
-    if not wrong and not _is_size(str(size)): wrong = ['input_size']
-    if not wrong: return
-    value = quote(checkpoint.get(wrong[0]))
-    raise InputError(f'{path}: {wrong[0]} is {value}; give a best.pt that yolov9001 train wrote')
+# %% ../nbs/plumbing/weights.ipynb #c3c40d05
+def _wrong_entry(checkpoint):
+    "The first entry that lacks or holds another kind of thing; none in a good checkpoint"
+    for name, kind in _ENTRIES.items():
+        if not isinstance(checkpoint.get(name), kind): return name
+    if not _is_names(checkpoint['class_names']): return 'class_names'
+    if not _is_weights(checkpoint['weights']): return 'weights'
+    return None if _is_size(str(checkpoint['input_size'])) else 'input_size'
+
+# %% ../nbs/plumbing/weights.ipynb #c3c40d08
+def _checked(path, checkpoint):
+    "The checkpoint itself; raises `InputError` where an entry of it is wrong"
+    wrong = _wrong_entry(checkpoint)
+    if wrong is None: return checkpoint
+    value = quote(checkpoint.get(wrong))
+    raise InputError(f'{path}: {wrong} is {value}; give a best.pt that yolov9001 train wrote')
 
 # %% ../nbs/plumbing/weights.ipynb #45c418e6
 def read_checkpoint(
@@ -90,9 +100,7 @@ def read_checkpoint(
         reason = type(error).__name__
         raise InputError(f'{path}: not a readable checkpoint ({reason}); give the best.pt of a run') from None
     found = checkpoint.get('format') if isinstance(checkpoint, dict) else None
-    if found == format:
-        _check_entries(path, checkpoint)
-        return checkpoint
+    if found == format: return _checked(path, checkpoint)
     if found == 'yolov9001-int8': raise InputError(f'{path}: a checkpoint of QAT; use the model_int8.onnx of its run')
     raise InputError(f'{path}: a checkpoint of another model; give a best.pt that yolov9001 train wrote')
 

@@ -757,20 +757,23 @@ def match(
     return hits
 
 # %% ../../nbs/npu/board_script.ipynb #a13601cb
+def _threshold_precision(hits, objects):
+    "Average precision at one threshold, from hits in the order of their scores"
+    hits = hits[hits >= 0]              # what lies in a crowd counts neither way
+    found = np.cumsum(hits)
+    best = np.maximum.accumulate((found/np.arange(1, len(found) + 1))[::-1])[::-1]
+    places = np.searchsorted(found/objects, np.linspace(0, 1, 101))
+    return np.append(best, 0)[places].mean()
+
+# %% ../../nbs/npu/board_script.ipynb #d4c40d03
 def class_precision(
     hits:np.ndarray, # (n, thresholds) from `match`, of all images
     scores:np.ndarray, # (n,)
     objects:int, # how many there are to find, at least 1
 )->float: # 0..1
     "Average precision of one class, mean over `THRESHOLDS`"
-    areas = []
-    for column in hits[np.argsort(-scores, kind='stable')].T:
-        column = column[column >= 0]
-        found = np.cumsum(column)
-        best = np.maximum.accumulate((found/np.arange(1, len(found) + 1))[::-1])[::-1]
-        places = np.searchsorted(found/objects, np.linspace(0, 1, 101))
-        areas.append(np.append(best, 0)[places].mean())
-    return float(np.mean(areas))
+    best_first = hits[np.argsort(-scores, kind='stable')]
+    return float(np.mean([_threshold_precision(column, objects) for column in best_first.T]))
 
 # %% ../../nbs/npu/board_script.ipynb #e5331ac1
 def _class_hits(found, recording, image, number):
@@ -830,20 +833,26 @@ def verify(
                 map_board=average_precision(_decoded(codes), recording),
                 map_simulator=average_precision(_decoded(recording.outputs), recording))
 
+# %% ../../nbs/npu/board_script.ipynb #d4c40d05
+def _figures(numbers):
+    "The numbers of a comparison in one line"
+    outputs = numbers['outputs']
+    worst = min(outputs, key=lambda name: outputs[name]['equal'])
+    largest = max(output['largest'] for output in outputs.values())
+    return (f"{numbers['codes_equal']:.3f} % of codes equal (worst {worst} {outputs[worst]['equal']:.3f} %, largest "
+            f"difference {largest}), AP {numbers['map_board']:.1f} on the board, "
+            f"{numbers['map_simulator']:.1f} simulated, {numbers['images']} images")
+
 # %% ../../nbs/npu/board_script.ipynb #1e198bde
 def verdict(
     numbers:dict, # from `verify`
 )->tuple: # whether the board agrees, and why in one line
     "Say what a comparison means"
-    worst = min(numbers['outputs'], key=lambda name: numbers['outputs'][name]['equal'])
-    share = numbers['outputs'][worst]['equal']
-    largest = max(each['largest'] for each in numbers['outputs'].values())
+    share = min(output['equal'] for output in numbers['outputs'].values())
     close = not abs(numbers['map_board'] - numbers['map_simulator']) > .2
     agrees = share >= 99.9 and close
     says = 'the board computes what the simulator computes' if agrees else 'THE BOARD DIFFERS'
-    return agrees, (f"{says}: {numbers['codes_equal']:.3f} % of codes equal (worst {worst} {share:.3f} %, largest "
-                    f"difference {largest}), AP {numbers['map_board']:.1f} on the board, "
-                    f"{numbers['map_simulator']:.1f} simulated, {numbers['images']} images")
+    return agrees, f'{says}: {_figures(numbers)}'
 
 # %% ../../nbs/npu/board_script.ipynb #cc7d643b
 def open_runtimes(
@@ -872,6 +881,17 @@ def status(
     live = f'; {source.dropped} dropped, {source.reconnects} reconnects' if hasattr(source, 'patience') else ''
     return f"{numbers['frames']} frames, {numbers['frames_per_s']:.1f} FPS; ms: {stages}{live}"
 
+# %% ../../nbs/npu/board_script.ipynb #d4c40d06
+def _pass_frames(frames, pipeline, source, writer, change, every):
+    "Write each frame, and say now and then how it goes"
+    shown = time.perf_counter()
+    for frame in frames:
+        if change: frame = frame._replace(found=change(frame.found))
+        if writer: writer.write(frame)
+        if time.perf_counter() - shown <= every: continue
+        shown = time.perf_counter()
+        print(f'board: {status(latency(pipeline), source)}', file=sys.stderr)
+
 # %% ../../nbs/npu/board_script.ipynb #1195eb98
 def watch(
     pipeline:Pipeline, # with its runtimes
@@ -882,14 +902,7 @@ def watch(
     every:float=5., # seconds between two lines on stderr
 )->dict: # as `latency`, and dropped, reconnects
     "Detect until the source ends, or until Ctrl-C"
-    shown = time.perf_counter()
-    try:
-        for frame in pipeline.run(islice(source, frames)):
-            if change: frame = frame._replace(found=change(frame.found))
-            if writer: writer.write(frame)
-            if time.perf_counter() - shown > every:
-                shown = time.perf_counter()
-                print(f'board: {status(latency(pipeline), source)}', file=sys.stderr)
+    try: _pass_frames(pipeline.run(islice(source, frames)), pipeline, source, writer, change, every)
     except KeyboardInterrupt: pass
     finally:
         for each in (source, writer, pipeline.workers): each and each.close()
@@ -943,20 +956,32 @@ def _add_limits(parser):
     parser.add_argument('--replay', metavar='FILE', help='no NPU: a recording answers, to try the rest')
 
 # %% ../../nbs/npu/board_script.ipynb #ede4cd18
+def _add_task(parser):
+    "Words for what the board shall do: one of the two"
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument('--source', help='image, folder, pattern, video, number of a camera, or an address (rtsp://...)')
+    task.add_argument('--verify', metavar='FILE', help='compare with a recording of yolov9001 val --record')
+
+# %% ../../nbs/npu/board_script.ipynb #d4c40d08
 def make_parser(
 )->argparse.ArgumentParser:
     "The words of the command"
     parser = argparse.ArgumentParser(description='Run a compiled YOLOv9001 on this board. Untried on hardware.')
     parser.add_argument('model', help='.rknn, compiled for this chip; its .rknn.json is read too')
-    task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument('--source', help='image, folder, pattern, video, number of a camera, or an address (rtsp://...)')
-    task.add_argument('--verify', metavar='FILE', help='compare with a recording of yolov9001 val --record')
+    _add_task(parser)
     parser.add_argument('--out', help='folder for the annotated video or pictures, and detections.jsonl')
     parser.add_argument('--json', help='file for the numbers')
     parser.add_argument('--confidence', type=float, help='least score; that of the file if not given')
     parser.add_argument('--frames', type=int, help='stop after so many')
     _add_limits(parser)
     return parser
+
+# %% ../../nbs/npu/board_script.ipynb #d4c40d09
+def _runtime_maker(words):
+    "What makes the runtime of a core: the NPU, or a recording in its place"
+    if not words.replay: return lambda core: LiteRuntime(words.model, core)
+    recording = load_recording(words.replay)
+    return lambda core: ReplayRuntime(recording, core)
 
 # %% ../../nbs/npu/board_script.ipynb #74bf7a89
 def _watch_source(words, card, make):
@@ -976,11 +1001,9 @@ def run_board(
     card = complete_card(words.model, words.input_size, words.confidence)
     advice = version_advice(card, runtime_version(), driver_version())
     if advice: print(f'board: {advice}', file=sys.stderr)
-    replayed = words.replay and load_recording(words.replay)
-    def make(core): return ReplayRuntime(replayed, core) if words.replay else LiteRuntime(words.model, core)
+    make = _runtime_maker(words)
     if words.verify:
-        recording = load_recording(words.verify)
-        numbers = verify(recording, make(0).run)
+        numbers = verify(load_recording(words.verify), make(0).run)
         return numbers, *verdict(numbers)
     numbers, line = _watch_source(words, card, make)
     return numbers, True, line

@@ -73,6 +73,14 @@ def _simulate(rknn, images):
     outputs = [rknn.inference(inputs=[image[None]], data_format=['nhwc']) for image in images]
     return [np.concatenate(o).astype(np.float32) for o in zip(*outputs)]
 
+# %% ../../nbs/npu/compiler.ipynb #e5c40d01
+def _do(rknn, job, arguments):
+    "In the worker: one job; the toolkit with its model afterwards, and the result"
+    if job == 'compile': return _compile(**arguments), None
+    if job == 'load': return _load(**arguments), None
+    if job == 'simulate': return rknn, _simulate(rknn, **arguments)
+    return rknn, rknn.eval_perf(is_print=False)
+
 # %% ../../nbs/npu/compiler.ipynb #a2e6ad5f
 def _serve(descriptor):
     "The worker: answers (error, result) to each (job, arguments) until the other end closes"
@@ -81,11 +89,8 @@ def _serve(descriptor):
     while True:
         try: job, arguments = connection.recv()
         except EOFError: return
-        result = None
         try:
-            if job in ('compile', 'load'): rknn = dict(compile=_compile, load=_load)[job](**arguments)
-            elif job == 'simulate': result = _simulate(rknn, **arguments)
-            else: result = rknn.eval_perf(is_print=False)
+            rknn, result = _do(rknn, job, arguments)
             reply = None, result
         except Exception as error: reply = (str(error).strip() or repr(error)).splitlines()[-1], None
         sys.stdout.flush()
@@ -115,21 +120,26 @@ class Compiled:
     toolkit_version:str   # of rknn-toolkit2
     rknn_bytes:int        # size of the .rknn
 
-    def metrics(self)->dict:
-        "One flat number or word a key; times are estimates"
-        layers = self.layers
-        on_cpu = layers.target == 'CPU'
-        return estimate_ms(layers, self.target) | dict(
-            npu_layers=int((~on_cpu).sum()), cpu_layers=int(on_cpu.sum()),
-            float_layers=int((layers.dtype != 'INT8').sum()), npu_cycles=int(layers.npu_cycles.sum()),
-            traffic_bytes=int(layers.traffic_bytes.sum()), rknn_bytes=self.rknn_bytes, target=self.target,
-            toolkit_version=self.toolkit_version, calibration=self.calibration)
+# %% ../../nbs/npu/compiler.ipynb #e5c40d04
+@patch
+def metrics(self:Compiled
+)->dict: # one flat number or word a key
+    "The sums of the layer table; times are estimates"
+    layers = self.layers
+    on_cpu = layers.target == 'CPU'
+    return estimate_ms(layers, self.target) | dict(
+        npu_layers=int((~on_cpu).sum()), cpu_layers=int(on_cpu.sum()),
+        float_layers=int((layers.dtype != 'INT8').sum()), npu_cycles=int(layers.npu_cycles.sum()),
+        traffic_bytes=int(layers.traffic_bytes.sum()), rknn_bytes=self.rknn_bytes, target=self.target,
+        toolkit_version=self.toolkit_version, calibration=self.calibration)
 
-    def save_layers(self,
-        path:str|Path, # of the CSV file
-    ):
-        "Write the layer table as CSV"
-        with write_whole(path) as temporary: self.layers.to_csv(temporary, index=False)
+# %% ../../nbs/npu/compiler.ipynb #e5c40d05
+@patch
+def save_layers(self:Compiled,
+    path:str|Path, # of the CSV file
+):
+    "Write the layer table as CSV"
+    with write_whole(path) as temporary: self.layers.to_csv(temporary, index=False)
 
 # %% ../../nbs/npu/compiler.ipynb #f5bd30e7
 def write_card(
@@ -208,12 +218,14 @@ class Npu:
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
-    def close(self):
-        "End the worker and remove its files"
-        self.connection.close()
-        self.worker.kill()
-        self.worker.wait()
-        self._temporary.cleanup()
+# %% ../../nbs/npu/compiler.ipynb #e5c40d06
+@patch
+def close(self:Npu):
+    "End the worker and remove its files"
+    self.connection.close()
+    self.worker.kill()
+    self.worker.wait()
+    self._temporary.cleanup()
 
 # %% ../../nbs/npu/compiler.ipynb #b6a8bdb3
 @patch
@@ -317,6 +329,17 @@ def simulate_file(
 # %% ../../nbs/npu/compiler.ipynb #49a54960
 _CARD = dict(target=str, calibration=(int, str), onnx=str, onnx_sha256=str, input_size=list)    # of what we need
 
+def _check_card(rknn_path, card):
+    "Raise `InputError` where an entry of the JSON is missing, or of another kind"
+    if 'onnx' not in card:
+        raise InputError(f'{rknn_path}: no {rknn_path}.json beside it; keep the files of a run together')
+    wrong = [name for name, kind in _CARD.items() if not isinstance(card.get(name), kind)]
+    if Path(str(card['onnx'])).name != card['onnx'] or not card['onnx']: wrong.append('onnx')
+    if not wrong: return
+    value = quote(card.get(wrong[0]))
+    raise InputError(f'{rknn_path}.json: {wrong[0]} is {value}; copy both files of one run')
+
+# %% ../../nbs/npu/compiler.ipynb #e5c40d08
 def _card(rknn_path):
     "What the JSON beside a .rknn says; raises `InputError` where it is missing or broken"
     if not Path(rknn_path).is_file():
@@ -326,13 +349,7 @@ def _card(rknn_path):
     except (LookupError, RecursionError, TypeError) as error:
         problem = f'it or its JSON is broken ({quote(error)})'
         raise InputError(f'{rknn_path}: {problem}; copy both files of one run') from None
-    if 'onnx' not in card:
-        raise InputError(f'{rknn_path}: no {rknn_path}.json beside it; keep the files of a run together')
-    wrong = [name for name, kind in _CARD.items() if not isinstance(card.get(name), kind)]
-    if Path(str(card['onnx'])).name != card['onnx'] or not card['onnx']: wrong.append('onnx')
-    if wrong:
-        value = quote(card.get(wrong[0]))
-        raise InputError(f'{rknn_path}.json: {wrong[0]} is {value}; copy both files of one run')
+    _check_card(rknn_path, card)
     return card
 
 # %% ../../nbs/npu/compiler.ipynb #9799e449

@@ -34,21 +34,32 @@ def _entry(image_id, record, name, position):
     return image, marks
 
 # %% ../../nbs/research/small_sets.ipynb #fb5ccf21
-def _write_split(whole, position, records, folder):
-    "Write records as a split of a COCO set"
+def _content(whole, position, records):
+    "Records as the content of a COCO file"
     images, marks = [], []
-    target = folder/'images'/whole.split
-    target.mkdir(parents=True)
     for number, record in enumerate(records, 1):
-        shutil.copy(record.path, target/record.path.name)
         image, boxes = _entry(number, record, record.path.name, position)
         images.append(image)
         marks += boxes
     for number, mark in enumerate(marks, 1): mark['id'] = number
     names = [dict(id=new, name=whole.class_names[old]) for old, new in position.items()]
+    return dict(images=images, annotations=marks, categories=names)
+
+# %% ../../nbs/research/small_sets.ipynb #a1c40d02
+def _write_split(whole, position, records, folder):
+    "Write records as a split of a COCO set"
+    images = folder/'images'/whole.split
+    images.mkdir(parents=True)
+    for record in records: shutil.copy(record.path, images/record.path.name)
     (folder/'annotations').mkdir(exist_ok=True)
-    content = dict(images=images, annotations=marks, categories=names)
-    write_json(content, folder/'annotations'/f'instances_{whole.split}.json')
+    write_json(_content(whole, position, records), folder/'annotations'/f'instances_{whole.split}.json')
+
+# %% ../../nbs/research/small_sets.ipynb #a1c40d04
+def _new_numbers(whole, classes, data):
+    "Position in the larger set -> id in the part"
+    unknown = [name for name in classes if name not in whole.class_names]
+    if unknown: raise InputError(f"{data}: no class {unknown[0]!r}; it has {', '.join(whole.class_names)}")
+    return {whole.class_names.index(name): number for number, name in enumerate(classes, 1)}
 
 # %% ../../nbs/research/small_sets.ipynb #58d70751
 def write_part(
@@ -61,9 +72,7 @@ def write_part(
     folder = Path(folder)
     for split in ('train', 'val'):
         whole = load_split(data, split)
-        unknown = [name for name in classes if name not in whole.class_names]
-        if unknown: raise InputError(f"{data}: no class {unknown[0]!r}; it has {', '.join(whole.class_names)}")
-        position = {whole.class_names.index(name): number for number, name in enumerate(classes, 1)}
+        position = _new_numbers(whole, classes, data)
         showing = [record for record in whole.records if position.keys() & {*record.classes.tolist()}]
         _write_split(whole, position, showing[:most] if split == 'train' else showing, folder)
     return folder
@@ -73,6 +82,7 @@ def _judged(predict, val, size):
     "AP of a model"
     with torch.no_grad(): return evaluate(predict, val, size, progress=False).map
 
+# %% ../../nbs/research/small_sets.ipynb #a1c40d05
 def try_qat(
     config:QuantConfig, # of the run
 )->dict: # AP by name: float, PTQ, QAT
@@ -91,6 +101,23 @@ def try_qat(
 SMALL_SETS = (['person'], ['car'], ['dog'], ['bicycle', 'motorbike'], ['aeroplane', 'bus', 'train'])
 STARTS = {'our weights': dict(weights='pretrained', epochs=15), 'random': dict(weights='none', epochs=60)}
 
+# %% ../../nbs/research/small_sets.ipynb #a1c40d07
+def _part(data, classes, folder):
+    "The part of these classes, written unless it is there"
+    part = Path(folder)/'-'.join(classes)
+    if not (part/'annotations'/'instances_val.json').exists():      # written last
+        shutil.rmtree(part, ignore_errors=True)
+        write_part(data, classes, part)
+    return part
+
+# %% ../../nbs/research/small_sets.ipynb #a1c40d08
+def _trial(config):
+    "AP by name, from a trial or from its file"
+    path = Path(config.out)/'result.json'
+    if not path.exists(): write_json(try_qat(config), path)
+    return json.loads(path.read_text())
+
+# %% ../../nbs/research/small_sets.ipynb #a1c40d09
 def small_sets(
     data:str, # the larger set, with 20 classes of PASCAL VOC
     folder:str|Path, # of the parts and runs
@@ -101,15 +128,11 @@ def small_sets(
     "Try QAT on small sets, from our weights and from random ones"
     rows = []
     for classes in sets:
-        part = Path(folder)/'-'.join(classes)
-        if not (part/'annotations'/'instances_val.json').exists():      # written last
-            shutil.rmtree(part, ignore_errors=True)
-            write_part(data, classes, part)
+        part = _part(data, classes, folder)
         for start, values in starts.items():
             out = Path(folder)/f"{part.name}-{start.replace(' ', '_')}"
-            path = out/'result.json'
-            if not path.exists(): write_json(try_qat(replace(config, data=str(part), out=str(out), **values)), path)
-            rows.append(dict(classes=', '.join(classes), start=start, **json.loads(path.read_text())))
+            found = _trial(replace(config, data=str(part), out=str(out), **values))
+            rows.append(dict(classes=', '.join(classes), start=start, **found))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/research/small_sets.ipynb #82df83d4

@@ -59,6 +59,15 @@ def check_overwrite(
     if config.starts_from_weights and out.resolve() in Path(config.weights).resolve().parents:
         raise InputError(f'{config.weights}: would be overwritten before it is read; copy it to another folder')
 
+# %% ../../nbs/training/launch.ipynb #f6c40d02
+def _plan(config, devices, hosts, address, resume, overwrite):
+    "Where a training runs; raises `InputError` for what its processes would refuse"
+    plan = make_plan(devices, hosts, address, config.device)
+    check_folder(Path(config.out), resume or bool(plan.hosts) and not overwrite, overwrite)
+    if overwrite: check_overwrite(config, bool(plan.hosts))
+    check_start(config, not overwrite)
+    return plan
+
 # %% ../../nbs/training/launch.ipynb #6b1f0e93
 def launch(
     config:TrainConfig, # of the run
@@ -70,10 +79,7 @@ def launch(
 )->pd.DataFrame: # the history, a row an epoch; raises `InputError` for what the processes would refuse
     "Train on several devices and hosts, from a notebook or a script"
     out = Path(config.out)
-    plan = make_plan(devices, hosts, address, config.device)
-    check_folder(out, resume or bool(plan.hosts) and not overwrite, overwrite)
-    if overwrite: check_overwrite(config, bool(plan.hosts))
-    check_start(config, not overwrite)
+    plan = _plan(config, devices, hosts, address, resume, overwrite)
     program = Path(sys.executable).with_name('yolov9001')
     words = [str(program), 'train', '--config', str(out/'config.yaml'), '--out', str(out), '--resume']
     with lock_run(out, with_others=bool(plan.hosts)):

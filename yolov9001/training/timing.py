@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from fastcore.basics import patch
@@ -51,19 +51,25 @@ class EpochClock:
         hidden = quiet or not wants_bar(rank)
         self.bar = tqdm(total=math.ceil(images / batch_size), desc=title, leave=False, disable=hidden)
 
-    def __iter__(self):
-        self.started = asked = time.perf_counter()
-        with self.bar:
-            for batch in self.loader:
-                self.waiting += time.perf_counter() - asked
-                yield batch
-                self.bar.update()
-                asked = time.perf_counter()
+# %% ../../nbs/training/timing.ipynb #b2c40d03
+@patch
+def __iter__(self:EpochClock
+)->Iterator: # over the batches
+    "Pass the batches on, and add up how long each was waited for"
+    self.started = asked = time.perf_counter()
+    with self.bar:
+        for batch in self.loader:
+            self.waiting += time.perf_counter() - asked
+            yield batch
+            self.bar.update()
+            asked = time.perf_counter()
 
-    @property
-    def seconds(self)->float:
-        "Time since the first batch was asked for"
-        return time.perf_counter() - self.started
+# %% ../../nbs/training/timing.ipynb #b2c40d06
+@patch(as_prop=True)
+def seconds(self:EpochClock
+)->float: # that went by
+    "Time since the first batch was asked for"
+    return time.perf_counter() - self.started
 
 # %% ../../nbs/training/timing.ipynb #99d6df46
 @patch(as_prop=True)
