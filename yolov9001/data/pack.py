@@ -17,7 +17,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from zipfile import BadZipFile
 
 import cv2
 import numpy as np
@@ -195,21 +194,40 @@ def write_labels(
     with write_whole(path) as temporary: np.savez(temporary, **arrays)
 
 # %% ../../nbs/data/pack.ipynb #8763df5b
+_KINDS = dict(split=str, class_names=list, category_ids=list, skipped=dict, format=str, rule=str, note=str, ids=list,
+              paths=list)
+
+def _fits(arrays, others):
+    "Whether the parts of a file of labels fit each other"
+    if others.keys() != _KINDS.keys(): return False
+    if not all(isinstance(others[name], kind) for name, kind in _KINDS.items()): return False
+    images = len(others['ids'])
+    classes = len(others['class_names'])
+    sums = arrays['counts'].sum(0).tolist()
+    shapes = dict(counts=(images, 3), frames=(images, 5), **{name: (sums[i], 6) for i, name in enumerate(_TABLES)})
+    if any(arrays[name].shape != shape for name, shape in shapes.items()): return False
+    if (len(others['paths']), len(others['category_ids'])) != (images, classes): return False
+    positive = (arrays['counts'] >= 0).all() and (arrays['frames'][:, :3] > 0).all()
+    known = all(np.isin(arrays[name][:, 4], np.arange(classes)).all() for name in _TABLES)
+    return positive and known and all(isinstance(name, str) for name in others['class_names'])
+
+# %% ../../nbs/data/pack.ipynb #8763df51
 def read_labels(
     path:str|Path, # what `write_labels` wrote
     root:Path, # the folder of the data set
-)->DetectionSet|None: # None where there is no such file, or an image has changed
+)->DetectionSet|None: # None where there is no such file, it is damaged, or an image has changed
     "Read the records of a split from arrays"
     try:
         with open(path, 'rb') as file, np.load(file) as content: arrays = {**content}
-    except (OSError, ValueError, BadZipFile): return None
-    others = json.loads(arrays['others'].tobytes())
-    paths = others.pop('paths')
-    if [[*_state(path)] for path in paths] != arrays['frames'][:, 3:].tolist(): return None
-    cuts = np.cumsum(arrays['counts'], 0)[:-1].T
-    tables = zip(*(np.split(arrays[name], where) for name, where in zip(_TABLES, cuts)))
-    rows = zip(others.pop('ids'), paths, arrays['frames'].tolist(), tables)
-    return DetectionSet(root, records=[_record(*row) for row in rows], **others)
+        others = json.loads(arrays['others'].tobytes())
+        if not _fits(arrays, others): return None
+        paths = others.pop('paths')
+        if [[*_state(path)] for path in paths] != arrays['frames'][:, 3:].tolist(): return None
+        cuts = np.cumsum(arrays['counts'], 0)[:-1].T
+        tables = zip(*(np.split(arrays[name], where) for name, where in zip(_TABLES, cuts)))
+        rows = zip(others.pop('ids'), paths, arrays['frames'].tolist(), tables)
+        return DetectionSet(root, records=[_record(*row) for row in rows], **others)
+    except Exception: return None                       # whatever is made of a damaged file
 
 # %% ../../nbs/data/pack.ipynb #51df4e2f
 def _record(image_id, path, frame, tables):
@@ -232,7 +250,7 @@ def labels_once(
 )->DetectionSet: # what `read` returned when the labels were the same
     "Read a split, or take the arrays that are kept of it"
     if sum(_state(file)[0] for file in files) < least: return read()
-    digest = hashlib.sha256(f'1 {root} {split}'.encode(errors='surrogateescape'))
+    digest = hashlib.sha256(f'2 {root} {split}'.encode(errors='surrogateescape'))
     for file in files:
         with open(file, 'rb') as content: digest.update(hashlib.file_digest(content, 'sha256').digest())
     path = cache_folder()/'labels'/f'{digest.hexdigest()[:32]}.npz'

@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 
 from ..core import InputError, quote, read_text, read_yaml
-from .images import IMAGE_SUFFIXES
+from .images import IMAGE_SUFFIXES, is_foreign, warn_of_odd_files
 from .records import (CROWD, DIFFICULT, OBJECT, SPLITS, Folder, Labels, Listed, Mark, files_by_split,
     find_images, image_folders, images_by_split, require_distinct, walk)
 
@@ -231,7 +231,8 @@ def _yolo_images(place):
     if place.is_file():
         lines = [line.strip() for line in read_text(place).splitlines() if line.strip()]
         return [file or place.parent/line for line, file in zip(lines, find_images(lines, [place.parent]))]
-    files = (folder/name for folder, names in walk(place) for name in names)
+    files = [folder/name for folder, names in walk(place) for name in names]
+    warn_of_odd_files([*filter(is_foreign, files)])
     return sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
 
 # %% ../../nbs/data/readers.ipynb #2334d001
@@ -393,7 +394,9 @@ def _read_voc(folder, split, splits):
     known = {stem: sheet for stem, sheet in sheets.items() if sheet}
     skipped = defaultdict(list, {'image without an XML file': [stem for stem in stems if stem not in sheets],
         'file of labels that cannot be read': [f'{stem}.xml' for stem in stems if stem in sheets.keys() - known]})
-    files = {file.stem: file for file in (root/'JPEGImages').glob('*') if file.suffix.lower() in IMAGE_SUFFIXES}
+    pictures = sorted((root/'JPEGImages').glob('*'))
+    warn_of_odd_files([*filter(is_foreign, pictures)])
+    files = {file.stem: file for file in pictures if file.suffix.lower() in IMAGE_SUFFIXES}
     images = [(stem, files.get(stem)) for stem in stems if stem in known]
     own = [known[stem] for stem in stems if stem in known]
     return _sheet_labels(path, images, own, _sheet_names(known.values()), skipped, first=1)

@@ -20,7 +20,8 @@ import numpy as np
 
 from ..core import InputError, quote
 from .dataset import DetectionSet, Record
-from .images import IMAGE_SUFFIXES, MOST_PIXELS, read_head
+from yolov9001.data.images import (FOREIGN_SUFFIXES, IMAGE_SUFFIXES, MOST_PIXELS, is_foreign, read_head,
+    warn_of_odd_files)
 
 # %% ../../nbs/data/records.ipynb #08f08504
 SPLITS = dict(train='train', training='train', val='val', valid='val', validation='val', test='test', testing='test')
@@ -90,7 +91,8 @@ class Folder:
 
     @cached_property
     def images(self)->list: # of paths, sorted
-        "The image files in it"
+        "The image files in it; warns of those in a format that we do not read"
+        warn_of_odd_files(sorted(path for suffix in FOREIGN_SUFFIXES for path in self.files.get(suffix, [])))
         return sorted(path for suffix in IMAGE_SUFFIXES for path in self.files.get(suffix, []))
 
 # %% ../../nbs/data/records.ipynb #acb0020b
@@ -194,7 +196,9 @@ def _heads(paths):
 # %% ../../nbs/data/records.ipynb #16a321b7
 def _refusal(image, head, size):
     "Why an image is left out, None if it is not"
-    if image.path is None or not os.path.isfile(image.path): return 'image that is absent'
+    if image.path is None or not os.path.exists(image.path): return 'image that is absent'
+    if not os.path.isfile(image.path): return 'image that is no regular file'
+    if is_foreign(image.path): return 'image of a format that we do not read, to convert to JPEG or PNG'
     if head is None: return 'image that does not decode'
     if not head.reduction: return f'image of more than {MOST_PIXELS/1e6:.0f} megapixels'
     if head.deep: return 'image of more than 8 bits a channel'

@@ -19,12 +19,22 @@ import torch
 
 from ..core import InputError, write_whole
 from ..data.dataset import letterbox
-from ..data.images import IMAGE_SUFFIXES
+from ..data.images import FOREIGN_SUFFIXES, IMAGE_SUFFIXES, warn_of_odd_files
 from .decode import Detections, decode, draw_detections, place_back
 from .evaluate import to_results
 
 # %% ../../nbs/detection/detect.ipynb #365e48fe
-def _is_image(path): return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+def _is_image(path): return path.suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(path)
+
+def _images_in(folder):
+    "The image files of a folder; warns of what should be one and cannot be read"
+    kinds = {*IMAGE_SUFFIXES, *FOREIGN_SUFFIXES}
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in kinds and not os.path.isdir(path))
+    warn_of_odd_files([path for path in files if not _is_image(path)])
+    return [*filter(_is_image, files)]
+
+# %% ../../nbs/detection/detect.ipynb #365e48f1
+def _why_none(path): return 'neither a file nor a folder' if os.path.exists(path) else 'no such file or folder'
 
 # %% ../../nbs/detection/detect.ipynb #d00f6f35
 def list_images(
@@ -33,9 +43,9 @@ def list_images(
     "The image files of some sources"
     files = []
     for source in map(Path, sources):
-        if os.path.isdir(source): files += sorted(filter(_is_image, source.iterdir()))
+        if os.path.isdir(source): files += _images_in(source)
         elif os.path.isfile(source): files.append(source)
-        else: warnings.warn(f'{source}: no such file or folder, left out')
+        else: warnings.warn(f'{source}: {_why_none(source)}, left out')
     first = {}
     for file in files: first.setdefault(os.path.realpath(file), file)
     if files: return [*first.values()]
