@@ -19,6 +19,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from yolov9001.core import InputError, LazyModule, ScratchFolder, quote, read_text
 from yolov9001.data.images import read_image, reduction
@@ -28,6 +29,7 @@ embedded = LazyModule('sklearn.datasets')
 # %% ../../nbs/data/dataset.ipynb #6dd4c655
 MOST_SIDE = 4096        # pixels of the network's input
 
+# %% ../../nbs/data/dataset.ipynb #d5c40d01
 def parse_size(
     size:int|str|tuple, # 320, '320', '320x640' (height first) or (320, 640)
 )->tuple: # (height, width) in pixels, raises `InputError` unless both are positive multiples of 32, to `MOST_SIDE`
@@ -50,18 +52,22 @@ class Letterbox:
     height: int # of the original, pixels
     width: int # of the original, pixels
 
-    def apply(self,
-        boxes:np.ndarray, # (n, 4) xyxy in pixels of the original
-    )->np.ndarray: # (n, 4) float32 xyxy in pixels of the input
-        "Original pixels to input pixels"
-        return (boxes * np.tile(self.scale, 2) + np.tile((self.left, self.top), 2)).astype(np.float32)
+# %% ../../nbs/data/dataset.ipynb #d5c40d03
+@patch
+def apply(self:Letterbox,
+    boxes:np.ndarray, # (n, 4) xyxy in pixels of the original
+)->np.ndarray: # (n, 4) float32 xyxy in pixels of the input
+    "Original pixels to input pixels"
+    return (boxes * np.tile(self.scale, 2) + np.tile((self.left, self.top), 2)).astype(np.float32)
 
-    def undo(self,
-        boxes:np.ndarray, # (n, 4) xyxy in pixels of the input
-    )->np.ndarray: # (n, 4) float32 xyxy in pixels of the original, clipped to it
-        "Input pixels to original pixels"
-        original = (boxes - np.tile((self.left, self.top), 2)) / np.tile(self.scale, 2)
-        return original.clip(0, np.tile((self.width, self.height), 2)).astype(np.float32)
+# %% ../../nbs/data/dataset.ipynb #d5c40d04
+@patch
+def undo(self:Letterbox,
+    boxes:np.ndarray, # (n, 4) xyxy in pixels of the input
+)->np.ndarray: # (n, 4) float32 xyxy in pixels of the original, clipped to it
+    "Input pixels to original pixels"
+    original = (boxes - np.tile((self.left, self.top), 2)) / np.tile(self.scale, 2)
+    return original.clip(0, np.tile((self.width, self.height), 2)).astype(np.float32)
 
 # %% ../../nbs/data/dataset.ipynb #750db80b
 def fitted_shape(
@@ -137,33 +143,26 @@ class DetectionSet:
 
     def __len__(self): return len(self.records)
 
-    def read(self,
-        i:int, # position in `records`
-    )->np.ndarray: # (height, width, 3) uint8 RGB, raises `InputError` if the file does not decode to the annotated size
-        "Decode an image and turn it as its record says; one of too many pixels is reduced, as `read_image` does"
-        record = self.records[i]
-        image = read_image(record.path, record.orientation)
-        factor = reduction(record.height, record.width) or 1
-        if image.shape[:2] == (-(-record.height//factor), -(-record.width//factor)): return image
-        raise InputError(f"{record.path}: does not decode to {record.height}x{record.width} pixels (height x width); "
-            "replace the file or remove it from the annotations")
+# %% ../../nbs/data/dataset.ipynb #d5c40d07
+@patch
+def read(self:DetectionSet,
+    i:int, # position in `records`
+)->np.ndarray: # (height, width, 3) uint8 RGB, raises `InputError` if the file does not decode to the annotated size
+    "Decode an image and turn it as its record says; one of too many pixels is reduced, as `read_image` does"
+    record = self.records[i]
+    image = read_image(record.path, record.orientation)
+    factor = reduction(record.height, record.width) or 1
+    if image.shape[:2] == (-(-record.height//factor), -(-record.width//factor)): return image
+    raise InputError(f"{record.path}: does not decode to {record.height}x{record.width} pixels (height x width); "
+        "replace the file or remove it from the annotations")
 
-    def digest(self
-    )->str: # 16 hexadecimal digits
-        "A fingerprint of file names, boxes and classes"
-        content = [(r.path.name, r.boxes.tolist(), r.classes.tolist()) for r in self.records]
-        return hashlib.sha256(json.dumps([self.class_names, content]).encode()).hexdigest()[:16]
-
-    def coco_ground_truth(self
-    )->dict: # `images`, `annotations` (crowds and difficult ones too, ids from 1), `categories`, exactly as loaded
-        "This split in the form of a COCO file, for pycocotools"
-        marks = [(record, *mark) for record in self.records for mark in _marks(record)]
-        return dict(info={},
-            images=[dict(id=r.image_id, file_name=r.path.name, height=r.height, width=r.width) for r in self.records],
-            categories=[dict(id=i, name=name) for i, name in zip(self.category_ids, self.class_names)],
-            annotations=[dict(id=number, image_id=record.image_id, category_id=self.category_ids[int(c)], area=area,
-                **flags, bbox=[x1, y1, x2 - x1, y2 - y1])
-                for number, (record, x1, y1, x2, y2, c, area, flags) in enumerate(marks, 1)])
+# %% ../../nbs/data/dataset.ipynb #d5c40d09
+@patch
+def digest(self:DetectionSet
+)->str: # 16 hexadecimal digits
+    "A fingerprint of file names, boxes and classes"
+    content = [(r.path.name, r.boxes.tolist(), r.classes.tolist()) for r in self.records]
+    return hashlib.sha256(json.dumps([self.class_names, content]).encode()).hexdigest()[:16]
 
 # %% ../../nbs/data/dataset.ipynb #5018e2e0
 def _marks(record):
@@ -171,6 +170,19 @@ def _marks(record):
     objects = np.column_stack([record.boxes, record.classes, record.areas])
     kinds = (objects, dict(iscrowd=0)), (record.crowds, dict(iscrowd=1)), (record.difficult, dict(iscrowd=0, ignore=1))
     return [(*row, flags) for rows, flags in kinds for row in rows.tolist()]
+
+# %% ../../nbs/data/dataset.ipynb #d5c40d11
+@patch
+def coco_ground_truth(self:DetectionSet
+)->dict: # `images`, `annotations` (crowds and difficult ones too, ids from 1), `categories`, exactly as loaded
+    "This split in the form of a COCO file, for pycocotools"
+    marks = [(record, *mark) for record in self.records for mark in _marks(record)]
+    return dict(info={},
+        images=[dict(id=r.image_id, file_name=r.path.name, height=r.height, width=r.width) for r in self.records],
+        categories=[dict(id=i, name=name) for i, name in zip(self.category_ids, self.class_names)],
+        annotations=[dict(id=number, image_id=record.image_id, category_id=self.category_ids[int(c)], area=area,
+            **flags, bbox=[x1, y1, x2 - x1, y2 - y1])
+            for number, (record, x1, y1, x2, y2, c, area, flags) in enumerate(marks, 1)])
 
 # %% ../../nbs/data/dataset.ipynb #69fae514
 def _draw_digit(
@@ -249,6 +261,13 @@ def _scenes(split, images, seed):
         yield _draw_scene(rng, photographs[i % 2], digits.images[part], digits.target[part])
 
 # %% ../../nbs/data/dataset.ipynb #22e7b9b2
+def _annotations(boxes, classes, image_id, first):
+    "The digits of one scene as COCO annotations, numbered from `first`"
+    return [dict(id=number, image_id=image_id, category_id=kind, bbox=[x1, y1, x2 - x1, y2 - y1],
+                 area=(x2 - x1)*(y2 - y1), iscrowd=0)
+            for number, ((x1, y1, x2, y2), kind) in enumerate(zip(boxes, classes), first)]
+
+# %% ../../nbs/data/dataset.ipynb #d5c40d12
 def _write_digits(folder, split, images, seed):
     "One split of the digits: JPEG files and their COCO annotations"
     for name in ('images', 'annotations'): (folder/name).mkdir(parents=True, exist_ok=True)
@@ -258,9 +277,7 @@ def _write_digits(folder, split, images, seed):
         name = f'{split}_{i:04}.jpg'
         cv2.imwrite(str(folder/'images'/name), cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 90])
         coco['images'].append(dict(id=i + 1, file_name=name, height=240, width=320))
-        for (x1, y1, x2, y2), kind in zip(boxes, classes):
-            coco['annotations'].append(dict(id=len(coco['annotations']) + 1, image_id=i + 1, category_id=kind,
-                bbox=[x1, y1, x2 - x1, y2 - y1], area=(x2 - x1)*(y2 - y1), iscrowd=0))
+        coco['annotations'] += _annotations(boxes, classes, i + 1, len(coco['annotations']) + 1)
     (folder/'annotations'/f'instances_{split}.json').write_text(json.dumps(coco))
 
 # %% ../../nbs/data/dataset.ipynb #8cccd7cc
@@ -272,6 +289,17 @@ def _require_digits(folder, sizes, seed):
         if made != dict(description='digits', images=images, seed=seed):
             raise InputError(f"{folder}: holds something else than these digits; remove it or name another folder")
 
+# %% ../../nbs/data/dataset.ipynb #d5c40d13
+def _write_whole_set(folder, sizes, seed):
+    "Write all splits beside `folder`, then rename them to it in one instant"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with ScratchFolder(f'.{folder.name}.', folder.parent) as scratch:
+        temporary = Path(scratch)/'whole'
+        for split, images in sizes.items(): _write_digits(temporary, split, images, seed)
+        try: os.replace(temporary, folder)
+        except OSError:
+            if not folder.exists(): raise       # else another process was faster
+
 # %% ../../nbs/data/dataset.ipynb #d7c20fe7
 def make_digits(
     folder:str|Path, # written whole; a set of the same parameters is reused, anything else there raises `InputError`
@@ -282,14 +310,7 @@ def make_digits(
     "Write the demo set: real handwritten digits on real photographs, 240 x 320 pixels, 10 classes"
     folder = Path(folder)
     sizes = dict(train=train, val=val)
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with ScratchFolder(f'.{folder.name}.', folder.parent) as scratch:
-            temporary = Path(scratch)/'whole'
-            for split, images in sizes.items(): _write_digits(temporary, split, images, seed)
-            try: os.replace(temporary, folder)
-            except OSError:
-                if not folder.exists(): raise       # else another process was faster
+    if not folder.exists(): _write_whole_set(folder, sizes, seed)
     _require_digits(folder, sizes, seed)
     return folder
 

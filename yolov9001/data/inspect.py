@@ -176,26 +176,36 @@ def advise(
     return Advice(input_shape(train, side), 16, epochs, narrow[side])
 
 # %% ../../nbs/data/inspect.ipynb #ba5f89f6
+def _draw_image_sizes(splits, axis):
+    "A dot for each size of image"
+    sizes = Counter((record.width, record.height) for own in splits.values() for record in own.records)
+    xs, ys = np.array([*sizes]).T
+    axis.scatter(xs, ys, [20 + 200*count/max(sizes.values()) for count in sizes.values()], alpha=.4)
+    axis.set(xlabel='width of the image, pixels', ylabel='height', xlim=(0, None), ylim=(0, None))
+
+# %% ../../nbs/data/inspect.ipynb #f8c40d02
+def _draw_object_sizes(splits, side, axis):
+    "A curve of the objects of each split, by their shorter side"
+    bins = 2**np.arange(0, 10.25, .25)
+    for name, own in splits.items():
+        sides = shorter_sides(own, side)
+        axis.hist(sides, bins, weights=np.full(len(sides), 1/len(sides)), histtype='step', linewidth=1.5, label=name)
+    axis.axvline(FINEST, color='gray', linestyle='--')
+    ticks = [2, 4, 8, 16, 32, 64, 128, 256, 512]
+    axis.set(xscale='log', xlabel=f'shorter side of the object, pixels at {side}', ylabel='part of the objects')
+    axis.set_xticks(ticks, ticks)
+    axis.minorticks_off()
+    axis.legend()
+
+# %% ../../nbs/data/inspect.ipynb #f8c40d03
 def draw_sizes(
     splits:dict, # name -> `DetectionSet`
     side:int, # of the input's longer side, pixels
 ): # figure of matplotlib
     "Sizes of images and of objects"
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout='constrained')
-    sizes = Counter((record.width, record.height) for own in splits.values() for record in own.records)
-    xs, ys = np.array([*sizes]).T
-    left.scatter(xs, ys, [20 + 200*count/max(sizes.values()) for count in sizes.values()], alpha=.4)
-    left.set(xlabel='width of the image, pixels', ylabel='height', xlim=(0, None), ylim=(0, None))
-    bins = 2**np.arange(0, 10.25, .25)
-    for name, own in splits.items():
-        sides = shorter_sides(own, side)
-        right.hist(sides, bins, weights=np.full(len(sides), 1/len(sides)), histtype='step', linewidth=1.5, label=name)
-    right.axvline(FINEST, color='gray', linestyle='--')
-    ticks = [2, 4, 8, 16, 32, 64, 128, 256, 512]
-    right.set(xscale='log', xlabel=f'shorter side of the object, pixels at {side}', ylabel='part of the objects')
-    right.set_xticks(ticks, ticks)
-    right.minorticks_off()
-    right.legend()
+    _draw_image_sizes(splits, left)
+    _draw_object_sizes(splits, side, right)
     return figure
 
 # %% ../../nbs/data/inspect.ipynb #0593028b
@@ -271,6 +281,12 @@ def _bars(splits):
     def row(name): return [(split, table.loc[name, split], f'{shares.loc[name, split]:.1f}') for split in table]
     return [(name, row(name)) for name in table.index]
 
+# %% ../../nbs/data/inspect.ipynb #f8c40d04
+def _rows(splits):
+    "Name, images, boxes and images without a box of each split, for the page"
+    return [dict(name=name, images=len(own), boxes=sum(len(record.boxes) for record in own.records),
+                 empty=sum(not len(record.boxes) for record in own.records)) for name, own in splits.items()]
+
 # %% ../../nbs/data/inspect.ipynb #81a2b094
 def write_page(
     splits:dict, # name -> `DetectionSet`, train among them
@@ -284,9 +300,7 @@ def write_page(
     path = Path(path)
     suspects, twins = find_suspects(splits)
     advice = advise(train)
-    rows = [dict(name=name, images=len(own), boxes=sum(len(r.boxes) for r in own.records),
-        empty=sum(not len(r.boxes) for r in own.records)) for name, own in splits.items()]
-    page = _PAGE.render(root=train.root, format=train.format, classes=len(train.class_names), splits=rows,
+    page = _PAGE.render(root=train.root, format=train.format, classes=len(train.class_names), splits=_rows(splits),
         rule=train.rule, suspects=suspects.values.tolist(), twins=_twin_pictures(twins), advice=advice, finest=FINEST,
         hours=hours, device=device, sizes=embed(draw_sizes(splits, max(advice.size))), bars=_bars(splits),
         examples=[(name, embed(picture)) for name, picture in draw_examples(train, draw)])
