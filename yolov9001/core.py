@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_LETTERS', 'REFUSAL', 'LOCK', 'MOST_BYTES', 'one_line', 'quote', 'InputError', 'LazyModule', 'lock_run',
-           'check_writable', 'ScratchFolder', 'full_disk', 'write_whole', 'write_json', 'read_text', 'read_yaml',
-           'read_result', 'project_folder', 'shared_folder']
+           'check_writable', 'require_folder', 'ScratchFolder', 'full_disk', 'write_whole', 'write_json', 'read_text',
+           'read_yaml', 'read_result', 'project_folder', 'shared_folder']
 
 # %% ../nbs/plumbing/core.ipynb #aeff4551
 import errno
@@ -98,7 +98,7 @@ def _open_lock(path): return open(path, 'a+', opener=lambda path, flags: os.open
 # %% ../nbs/plumbing/core.ipynb #e1cab27e
 def _take_lock(folder, shared):
     "The open lock of a folder"
-    folder.mkdir(parents=True, exist_ok=True)
+    require_folder(folder).mkdir(parents=True, exist_ok=True)
     lock = _open_lock(folder/'.lock')
     try: fcntl.flock(lock, fcntl.LOCK_NB | (fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
     except BlockingIOError: raise InputError(_occupied(folder, lock)) from None
@@ -151,11 +151,23 @@ def check_writable(
     if path.is_dir(): raise InputError(f'{path}: is a folder; give the name of a file')
     if path.exists() and not path.is_file(): raise InputError(f'{path}: is a device; give the name of a file')
     _check_held(path)
+    require_folder(path.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=path.parent).close()
     except OSError as error: raise OSError(error.errno, error.strerror, str(path)) from None
     return path
+
+# %% ../nbs/plumbing/core.ipynb #90c01f12
+def require_folder(
+    path:str|Path, # of a folder, which need not be there
+)->Path: # `path`; raises `InputError` where it is, or leads through, something else
+    "Find out before the work whether a folder can be made for it"
+    path = Path(path)
+    place = next((place for place in (path, *path.absolute().parents) if os.path.lexists(place)), path)
+    if os.path.isdir(place) or not os.path.lexists(place): return path
+    kind = 'file' if os.path.isfile(place) else 'device or pipe' if os.path.exists(place) else 'link to nothing'
+    raise InputError(f'{path}: {"" if place == path else f"{place} "}is a {kind}; give the name of a folder')
 
 # %% ../nbs/plumbing/core.ipynb #f1bf42a3
 class ScratchFolder(TemporaryDirectory):
