@@ -84,7 +84,8 @@ def _check_model(path, model):
     _check_weights(path, model.graph)
 
 # %% ../../nbs/npu/graph.ipynb #3e9d4ee9
-_OTHERS = {b'PK': 'a PyTorch checkpoint or another zip archive', b'\x80': 'a pickle of Python', b'RKNN': 'an RKNN model'}
+_OTHERS = {b'PK': 'a PyTorch checkpoint or another zip archive', b'\x80': 'a pickle of Python',
+           b'RKNN': 'an RKNN model'}
 
 def _check_kind(path):
     "Raise `InputError` for a file of another kind that is only called .onnx"
