@@ -29,6 +29,8 @@ from yolov9001.data.augment import Augmentation, TrainSet
 from yolov9001.data.dataset import letterbox
 from yolov9001.data.formats import load_split
 from yolov9001.data.images import MOST_PIXELS, read_image
+from yolov9001.data.pack import read_labels, write_labels
+from yolov9001.detection.detect import list_images
 from yolov9001.int8.onnx import read_metadata
 from yolov9001.model import load_model
 from yolov9001.npu.compiler import source_of
@@ -526,6 +528,13 @@ def encoded(suffix):
     return content.getvalue()
 
 
+def two_pictures(kind):
+    content = io.BytesIO()
+    first, second = (Image.fromarray(np.random.default_rng(seed).integers(0, 256, (90, 120, 3), np.uint8)) for seed in (0, 1))
+    first.save(content, kind, save_all=True, append_images=[second])
+    return content.getvalue()
+
+
 def png_head(width, height, bits=8, colour=2):
     "A PNG that is nearly nothing but its head"
     def chunk(kind, content): return len(content).to_bytes(4, 'big') + kind + content + zlib.crc32(kind + content).to_bytes(4, 'big')
@@ -536,6 +545,8 @@ def png_head(width, height, bits=8, colour=2):
 FORMATS = 'jpg', 'png', 'webp', 'bmp', 'tif', 'gif'
 IMAGES = {f'{part} of a {suffix}': (suffix, encoded(suffix)[:int(len(encoded(suffix))*share)], 'does not decode')
           for suffix in FORMATS for part, share in (('a tenth', .1), ('a half', .5), ('nine tenths', .9))}
+IMAGES |= {f'a {suffix} that lacks {less} of its bytes': (suffix, encoded(suffix)[:-less], 'does not decode')
+           for suffix in FORMATS for less in (1, 2, 4, 12)}
 IMAGES |= {
     'an empty file': ('jpg', b'', 'does not decode'),
     'one byte': ('png', b'\x89', 'does not decode'),
@@ -551,6 +562,10 @@ IMAGES |= {
     'a PNG without pixels': ('png', png_head(64, 48), 'does not decode'),
     'a PNG of 16 bits': ('png', cv2.imencode('.png', np.full((48, 64), 4000, np.uint16))[1].tobytes(), 'more than 8 bits a channel'),
     'a JPEG without its end': ('jpg', encoded('jpg')[:-2], 'does not decode'),
+    'a GIF of two pictures, cut in the second': ('gif', two_pictures('GIF')[:-1000], 'does not decode'),
+    'a JPEG of two pictures, cut in the second': ('jpg', two_pictures('MPO')[:-1000], 'does not decode'),
+    'a photograph of a telephone': ('heic', b'\0\0\0\x18ftypheic', 'convert it to JPEG or PNG'),
+    'a picture of the web': ('avif', encoded('png'), 'convert it to JPEG or PNG'),
 }
 
 
@@ -581,6 +596,56 @@ def test_half_a_picture_is_none_for_the_whole_set(tmp_path):
     write(root/'data.yaml', 'train: images\nval: images\nnames: [cat]')
     lines = said(load_split, root, 'train')
     assert any(re.search('x image that does not decode .half_', line) for line in lines), lines
+
+
+@pytest.mark.parametrize('suffix', FORMATS)
+def test_what_is_appended_to_a_picture_does_no_harm(tmp_path, suffix):
+    assert read_image(write(tmp_path/f'a.{suffix}', encoded(suffix) + bytes(1000))).shape == (90, 120, 3)
+
+
+ODD_FILES = {
+    'a pipe': ('odd.png', os.mkfifo, 'no regular file'),
+    'a link to a device': ('odd.jpg', lambda path: path.symlink_to('/dev/zero'), 'no regular file'),
+    'a link to nothing': ('odd.png', lambda path: path.symlink_to('/nowhere'), 'no regular file|absent'),
+    'a photograph of a telephone': ('odd.HEIC', Path.touch, 'convert to JPEG or PNG'),
+    'a picture of the web': ('odd.avif', Path.touch, 'convert to JPEG or PNG'),
+    'JPEG 2000': ('odd.jp2', Path.touch, 'convert to JPEG or PNG'),
+}
+
+
+@pytest.mark.parametrize('case', ODD_FILES)
+@pytest.mark.parametrize('layout', ('classes.txt', 'data.yaml', 'detect'))
+def test_an_odd_file_among_images_is_named(tmp_path, case, layout):
+    name, make, told = ODD_FILES[case]
+    root = write_digits(tmp_path)
+    make(root/'images'/name)
+    if layout == 'data.yaml': write(root/layout, YAML.replace('/train', '') + 'names: [cat]')
+    lines = said(list_images, [root/'images']) if layout == 'detect' else said(load_split, root, 'train')
+    named = [line for line in lines if name in line]
+    if layout != 'classes.txt' or named: assert len(named) == 1 and re.search(told, named[0]), lines
+    else: assert 'odd' in ' '.join(said(load_split, root, 'val'))       # a set without splits: it fell to the other
+
+
+def test_kept_labels_that_are_damaged_are_read_again(tmp_path):
+    root = write_digits(tmp_path)
+    detection_set = load_split(root, 'train')
+    path = tmp_path/'labels.npz'
+    write_labels(detection_set, path)
+    whole = {**np.load(path)}
+    assert len(read_labels(path, root)) == len(detection_set)
+    others = json.loads(whole['others'].tobytes())
+    texts = [others | {name: value} for name in others for value in (None, 7, [7], {})] + [[], 7, {}, others | dict(more=1)]
+    texts += [without(others, name) for name in others]
+    cases = [without(whole, name) for name in whole]
+    cases += [whole | {name: value} for name in whole for value in (whole[name][:-1], np.zeros((0, 6), np.float32), np.float32(7), np.full((3, 6), np.nan))]
+    cases += [whole | dict(others=np.frombuffer(json.dumps(text).encode(), np.uint8)) for text in texts]
+    for arrays in cases:
+        np.savez(path, **arrays)
+        kept = read_labels(path, root)
+        assert kept is None or vars(kept).keys() == vars(detection_set).keys() and len(kept) == len(detection_set)
+    for content in (b'', b'PK', b'\x93NUMPY', bytes(1000)): assert read_labels(write(path, content), root) is None
+    np.save(tmp_path/'one.npy', np.zeros(3))
+    assert read_labels(tmp_path/'one.npy', root) is None
 
 
 def test_a_large_photograph_is_read_smaller(tmp_path):
@@ -756,7 +821,7 @@ def test_state_with_a_wrong_entry(tmp_path, name):
     known = dict(format='yolov9001', model='np', class_names=['cat'], input_size='64', epoch=1, weights={})
     for state in (without(STATE, name), STATE | {name: 'x'}, STATE | {name: None}, 7, []):
         write_checkpoint(tmp_path/'last.pt', known | dict(state=state))
-        refused('last.pt', 'train again with --overwrite, or in another --out', read_state, tmp_path/'last.pt')
+        refused('last.pt', 'train again with --overwrite', read_state, tmp_path/'last.pt')
 
 
 # ---- ONNX
@@ -853,6 +918,18 @@ def test_onnx_that_nobody_compiles(toy, case):
     refused('wrong.onnx', told, read_onnx, write(toy.with_name('wrong.onnx'), model.SerializeToString()))
 
 
+CALLED_ONNX = {'best.pt': 'a PyTorch checkpoint', 'np.rknn': 'an RKNN model', 'a pickle': 'a pickle of Python'}
+
+
+@pytest.mark.parametrize('case', CALLED_ONNX)
+def test_another_file_that_is_called_onnx(tmp_path, checkpoint, case):
+    contents = {'best.pt': checkpoint.read_bytes(), 'np.rknn': (SHIPPED/'np.rknn').read_bytes(), 'a pickle': b'\x80\x02}q\x00.'}
+    path = write(tmp_path/'a.onnx', contents[case])
+    for words in (['bench', path], ['val', path, '--data', write_digits(tmp_path)]):
+        code, err = command(*words)
+        assert code == 2 and f'a.onnx: {CALLED_ONNX[case]}' in err and 'yolov9001 export' in err and err.count('\n') == 1, err
+
+
 NO_MODELS = {'an empty file': b'', 'a text': b'hello, I am a text', 'bytes of zero': bytes(10**5), 'noise': np.random.default_rng(0).bytes(10**5)}
 
 
@@ -925,6 +1002,29 @@ def test_an_empty_out_is_refused_everywhere(tmp_path, monkeypatch):
         code, err = command(*words, '--out', '')
         assert code == 2 and "--out '': no name" in err and err.count('\n') == 1, err
     assert sorted(tmp_path.rglob('*')) == before
+
+
+NO_FOLDERS = {
+    'a file': (lambda path: path.touch(), '', 'out: is a file'),
+    'under a file': (lambda path: path.touch(), '/sub', 'out is a file'),
+    'a pipe': (os.mkfifo, '', 'out: is a device or pipe'),
+    'a device': (lambda path: path.symlink_to('/dev/null'), '', 'out: is a device or pipe'),
+    'a link to nothing': (lambda path: path.symlink_to('/nowhere/at/all'), '', 'out: is a link to nothing'),
+}
+
+
+@pytest.mark.parametrize('case', NO_FOLDERS)
+@pytest.mark.parametrize('name', ('train', 'run', 'compare', 'data', 'detect', 'export'))
+def test_an_out_that_is_no_folder(tmp_path, case, name):
+    make, more, told = NO_FOLDERS[case]
+    data = write_digits(tmp_path)
+    make(tmp_path/'out')
+    before = os.lstat(tmp_path/'out')
+    words = dict(data=[data], detect=[data/'images'], export=['pretrained']).get(name, ['--data', data])
+    code, err = command(name, *words, '--out', f'{tmp_path}/out{more}')
+    assert code == 2 and err.count('\n') == 1, err
+    assert re.search('give an --out that ends in .onnx' if name == 'export' else f'{told}; give the name of a folder', err), err
+    assert os.lstat(tmp_path/'out') == before
 
 
 def test_names_that_terminals_obey_are_shown_escaped(tmp_path, capsys):

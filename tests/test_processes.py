@@ -58,7 +58,7 @@ def start(tmp_path):
     started = []
     def begin(*words):
         log = tmp_path/f'log{len(started)}'
-        words = ['env', '--default-signal=INT', *map(str, words)]       # a test in the background ignores Ctrl-C
+        words = ['env', '--default-signal=INT,HUP', *map(str, words)]       # a test in the background ignores Ctrl-C
         with open(log, 'w') as file: started.append(subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=file))
         return started[-1], log
     yield begin
@@ -113,6 +113,57 @@ def test_a_folder_takes_one_training_and_sigterm_ends_the_chain(digits, tmp_path
     trainer.terminate()
     assert process.wait(60) == 143 and not (tmp_path/'went_on').exists(), log.read_text()
     assert progress(out/'last.pt') >= (0, 1) and not (out/'.lock').exists()
+
+
+@pytest.mark.parametrize('number', (signal.SIGTERM, signal.SIGHUP), ids=('SIGTERM', 'SIGHUP'))
+def test_a_signal_ends_with_a_line_and_a_checkpoint(digits, tmp_path, start, number):
+    process, log = start(PROGRAM, 'train', '--data', digits, '--out', tmp_path/'run', *knobs(epochs=2000, save_every=1))
+    wait_for(lambda: progress(tmp_path/'run'/'last.pt') >= (0, 1), 100)
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number and 'yolov9001: stopped; go on with --resume' in log.read_text().splitlines()[-1]
+    assert progress(tmp_path/'run'/'last.pt') >= (0, 1) and not (tmp_path/'run'/'.lock').exists()
+
+
+SLOW = '''
+import sys, time
+import yolov9001.training.launch as launch
+from yolov9001.cli import main
+import yolov9001.workbook as workbook
+def load_split(*_):
+    print('reads', file=sys.stderr, flush=True)
+    time.sleep(100)
+launch.load_split = load_split
+sys.exit(main())
+'''
+
+
+@pytest.mark.parametrize('number', (signal.SIGTERM, signal.SIGHUP), ids=('SIGTERM', 'SIGHUP'))
+def test_a_signal_before_the_training_ends_with_a_line(digits, tmp_path, start, number):
+    "While it reads the data, which takes minutes for a large set"
+    process, log = start(sys.executable, '-c', SLOW, 'train', '--data', digits, '--out', tmp_path/'run', *knobs(epochs=2))
+    wait_for(lambda: 'reads' in log.read_text(), 60)
+    process.send_signal(number)
+    assert process.wait(20) == 128 + number
+    assert log.read_text().splitlines()[-1] == 'yolov9001: stopped; go on with --resume'
+    assert not (tmp_path/'run').exists()
+
+
+def test_a_terminal_that_is_closed_ends_with_a_checkpoint(digits, tmp_path):
+    "Nobody can write to it any more, and nothing may fail because of that"
+    words = [PROGRAM, 'train', '--data', digits, '--out', tmp_path/'run', *knobs(epochs=2000, save_every=1)]
+    ours, its = os.openpty()
+    def claim(): fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    words = ['env', '--default-signal=HUP', *map(str, words)]
+    process = subprocess.Popen(words, stdin=its, stdout=its, stderr=its, start_new_session=True, preexec_fn=claim)
+    os.close(its)
+    threading.Thread(target=read_all, args=(ours,), daemon=True).start()
+    try:
+        wait_for(lambda: progress(tmp_path/'run'/'last.pt') >= (0, 2), 100)
+        before = progress(tmp_path/'run'/'last.pt')
+        os.close(ours)
+        process.send_signal(signal.SIGHUP)      # a reader of `ours` may keep it open
+        assert process.wait(60) == 128 + signal.SIGHUP and progress(tmp_path/'run'/'last.pt') >= before
+    finally: kill_family(process)
 
 
 @needs_toolkit
@@ -178,6 +229,26 @@ def test_a_damaged_file_does_not_stop_the_run_for_good(run):
     for name in WRITTEN_BY_TRAINING: (run/name).unlink()
     assert command('train', '--out', run, '--resume').returncode == 0
     assert all((run/name).stat().st_size for name in WRITTEN_BY_TRAINING)
+
+
+def test_a_best_that_is_gone_is_made_again(run, digits):
+    "From the last one, with a warning; until then every command names that way"
+    before = json.loads((run/'metrics.json').read_text())['map_fp32']
+    (run/'best.pt').unlink()
+    remedy = f'{run}/best.pt: missing; yolov9001 train --out {run} --resume makes it again'
+    refused(command('val', run, '--data', digits), remedy)
+    done = command('train', '--out', run, '--resume')
+    assert done.returncode == 0 and f'{run}/best.pt: missing; written again from last.pt' in done.stderr, done.stderr
+    assert json.loads((run/'metrics.json').read_text())['map_fp32'] == before      # of one epoch, which is the best
+    assert command('val', run, '--data', digits).returncode == 0
+
+
+def test_a_remedy_names_no_file_that_is_gone(run):
+    for name in ('best.pt', 'last.pt'): (run/name).write_bytes(b'')
+    (run/'best.pt').unlink()
+    done = command('train', '--out', run, '--resume')
+    refused(done, f'{run}/last.pt', 'train again with --overwrite')
+    assert 'best.pt' not in done.stderr.replace('give the best.pt', ''), done.stderr
 
 
 def test_a_damaged_checkpoint_names_the_way_on(run):

@@ -21,8 +21,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .core import REFUSAL, InputError, check_writable, full_disk, one_line, write_json, write_whole
+from yolov9001.core import (REFUSAL, InputError, check_writable, full_disk, one_line, require_folder, write_json,
+    write_whole)
 from .training.config import TRAINED, RunConfig, run_config
+from .training.stopping import StopAtOnce
 
 # %% ../nbs/plumbing/cli.ipynb #c72d9faf
 COMMANDS = {}
@@ -103,21 +105,30 @@ def _end(line, code):
     print(f'yolov9001: {line}', file=sys.stderr)
     return code
 
+def _check_places(words):
+    "Refuse an `--out` or `--convert` that can be none, before any work"
+    if words.get('out') == '': raise InputError("--out '': no name; give the name of a folder or file")
+    folders = ['out', 'convert'] if words['command'] != 'export' else []
+    for name in folders:
+        if words.get(name): require_folder(words[name])
+
 # %% ../nbs/plumbing/cli.ipynb #d62e29a4
 def main(
     arguments:list=None, # words of the command line, those of the process if None
-)->int: # exit code: 0 done, 2 wrong input or a path that cannot be written, 130 Ctrl-C, 143 SIGTERM
+)->int: # exit code: 0 done, 2 wrong input or a path that cannot be written, 130 Ctrl-C, 129 SIGHUP, 143 SIGTERM
     "The command `yolov9001`"
     words = vars(make_parser().parse_args(arguments))
     stopped = f"stopped{'; go on with --resume' if 'resume' in words else ''}"
     warnings.showwarning = lambda message, *_: print(f'yolov9001: {one_line(message)}', file=sys.stderr)
     if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace')    # names need not be text
+    stop = StopAtOnce()
     try:
-        if words.get('out') == '': raise InputError("--out '': no name; give the name of a folder or file")
-        COMMANDS[words.pop('command')](**words)
+        _check_places(words)
+        with stop: COMMANDS[words.pop('command')](**words)
     except KeyboardInterrupt: return _end(stopped, 130)
-    except SystemExit as end: return _end(stopped, 143) if end.code == 143 else end.code
+    except SystemExit as end: return _end(stopped, end.code) if end.code in (129, 143) else end.code
     except Exception as error:
+        if stop.signal: return _end(stopped, 128 + stop.signal)         # a library made an error of it
         line = _explain(error)
         if not line: raise
         if REFUSAL in os.environ and isinstance(error, InputError):     # else several processes try again

@@ -9,6 +9,7 @@ __all__ = ['LOOK_EVERY', 'STATE', 'train_one_epoch', 'Trainer', 'prepare', 'trai
 import itertools
 import math
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
@@ -311,6 +312,16 @@ def _put_back(self:Trainer, state, path):
     if state.get('scaler'): self.replica.scaler.load_state_dict(state['scaler'])
     self.ema.updates = state['updates']
     for name in STATE: setattr(self, name, state[name])
+    if self.best >= 0 and self.writes and not (self.out/'best.pt').exists(): self._replace_best()
+
+# %% ../nbs/02_train.ipynb #4a24ca02
+@patch
+def _replace_best(self:Trainer):
+    "Write `best.pt` again from the present average"
+    warnings.warn(f'{self.out}/best.pt: missing; written again from last.pt, which may do worse than the best, '
+                  f'{self.best:.1f} AP; copy the old one back if you have it')
+    self.save('best.pt')
+    self.best = -1.
 
 # %% ../nbs/02_train.ipynb #5f3a9c1d
 @patch

@@ -39,6 +39,8 @@ def locate(
     path = Path(str(SHIPPED/'np.pt')) if shipped else Path(path)
     if os.path.isdir(path): path = path/'best.pt'
     if os.path.isfile(path): return path
+    if path.name == 'best.pt' and os.path.isfile(path.with_name('last.pt')):
+        raise InputError(f'{path}: missing; yolov9001 train --out {path.parent} --resume makes it again from last.pt')
     if shipped: raise InputError(f'{path}: missing here; install again, or train with -p weights=none')
     raise InputError(f'{path}: no such checkpoint; train first, or give the best.pt of a run')
 

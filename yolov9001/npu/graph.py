@@ -84,6 +84,17 @@ def _check_model(path, model):
     _check_weights(path, model.graph)
 
 # %% ../../nbs/npu/graph.ipynb #3e9d4ee9
+_OTHERS = {b'PK': 'a PyTorch checkpoint or another zip archive', b'\x80': 'a pickle of Python',
+           b'RKNN': 'an RKNN model'}
+
+def _check_kind(path):
+    "Raise `InputError` for a file of another kind that is only called .onnx"
+    with open(path, 'rb') as file: head = file.read(4)
+    kind = next((kind for mark, kind in _OTHERS.items() if head.startswith(mark)), '')
+    remedy = 'write one from the checkpoint: yolov9001 export best.pt --out model.onnx'
+    if kind: raise InputError(f'{path}: {kind}, not an ONNX file; {remedy}')
+
+# %% ../../nbs/npu/graph.ipynb #3e9d4e01
 def load_onnx(
     path:str|Path, # an ONNX file
 )->onnx.ModelProto: # its external weights left on disk; raises `InputError` for what is no sound model
@@ -91,6 +102,7 @@ def load_onnx(
     path = Path(path)
     if not path.is_file(): raise InputError(f'{path}: no such file; export a model to ONNX first')
     if path.stat().st_size > 2**31: raise InputError(f'{path}: more than 2 GB; give the ONNX file of a detector')
+    _check_kind(path)
     try: model = onnx.load(path, load_external_data=False)
     except DecodeError: raise InputError(f'{path}: not an ONNX file; export a model to ONNX first') from None
     if not model.graph.node: raise InputError(f'{path}: a file without operators; export a model to ONNX first')

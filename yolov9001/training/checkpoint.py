@@ -14,6 +14,7 @@ import torch
 
 from ..core import InputError, quote, write_json, write_whole
 from ..model import YOLOv9001, load_model
+from .config import from_best
 from .distributed import World
 from ..weights import read_checkpoint
 
@@ -59,8 +60,8 @@ def check_data(
     for name in before:
         if before[name] == now[name]: continue
         counts = [f"{one['images']} images with {one['boxes']} boxes" for one in (before[name], now[name])]
-        raise InputError(f"{path}: {name} had {counts[0]}, now {counts[1]} or other ones; go on with the same, "
-                         f"or begin another run from it: -p weights={Path(path).with_name('best.pt')}")
+        raise InputError(f"{path}: {name} had {counts[0]}, now {counts[1]} or other ones; "
+                         f"go on with the same{from_best(path)}")
 
 # %% ../../nbs/training/checkpoint.ipynb #4fc19f9c
 def write_data(
@@ -123,8 +124,7 @@ def read_state(
     format:str='yolov9001', # as `read_checkpoint` takes it
 )->dict: # the checkpoint, with its `state`; raises `InputError` where there is none
     "Read a checkpoint that a training can go on from"
-    best = Path(path).with_name('best.pt')
-    remedy = f'train again with --overwrite, or in another --out with -p weights={best}'
+    remedy = f'train again with --overwrite{from_best(path)}'
     try: checkpoint = read_checkpoint(path, format)
     except InputError as error: raise InputError(f"{str(error).rpartition(';')[0]}; {remedy}") from None
     state = checkpoint.get('state')

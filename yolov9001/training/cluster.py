@@ -26,7 +26,7 @@ from ..core import REFUSAL, InputError
 from ..model import YOLOv9001
 from .checkpoint import progress
 from .distributed import World, pick_precision
-from .stopping import end_process
+from .stopping import GracefulStop, end_process
 
 # %% ../../nbs/training/cluster.ipynb #c3e7d4be
 @dataclass
@@ -128,14 +128,14 @@ def restart_until_done(
     refusal:Callable=lambda: '', # why a process refused its input, empty if none did
     attempts:int=10, # in a row without progress before we give up
     pause:float=5., # seconds between them
-): # raises `InputError` after the last attempt and for a refusal, `SystemExit` after SIGTERM
-    "Run until the training succeeds; SIGTERM is passed on"
+): # raises `InputError` after the last attempt and for a refusal, `SystemExit` after SIGTERM and SIGHUP
+    "Run until the training succeeds; a signal to stop is passed on"
     left = attempts
-    with _PassOnSigterm() as stop:
-        while not stop.requested:
+    with _PassOnStop() as stop:
+        while not stop.signal:
             before = progress()
-            if stop.run(start, refusal) == 0 and not stop.requested: return
-            if stop.requested: break
+            if stop.run(start, refusal) == 0 and not stop.signal: return
+            if stop.signal: break
             if reason := refusal(): raise InputError(reason)
             left = attempts if progress() > before else left - 1
             code = stop.process.returncode
@@ -145,33 +145,28 @@ def restart_until_done(
             message = f'torchrun ended with exit code {code}; {left} attempts left, the next in {pause:.0f} s'
             print(message, file=sys.stderr, flush=True)
             time.sleep(pause)
-    end_process(signal.SIGTERM)
+    end_process(stop.signal)
 
 # %% ../../nbs/training/cluster.ipynb #3a07d5e4
-class _PassOnSigterm:
-    "Runs processes one after the other; on SIGTERM, ends the one that runs"
-    def __init__(self):
-        self.requested = False
-        self.process = None
-
-    def __enter__(self):
-        self.before = signal.signal(signal.SIGTERM, self._terminate)
-        return self
+class _PassOnStop(GracefulStop):
+    "Runs processes one after the other; on SIGTERM and SIGHUP, ends the one that runs"
+    numbers = signal.SIGTERM, signal.SIGHUP
+    process = None
 
     def __exit__(self, *_):
-        signal.signal(signal.SIGTERM, self.before)
+        super().__exit__()
         if self.process and self.process.poll() is None:        # Ctrl-C that reached this process alone
             self.process.terminate()
             self.process.wait()
 
-    def _terminate(self, *_):
-        self.requested = True
+    def _note(self, number, _):
+        super()._note(number, _)
         if self.process: self.process.terminate()
 
     def run(self, start, refusal):
         "The exit code; a refusal ends the process, or torchrun would restart what refused"
         self.process = start()
-        if self.requested: self.process.terminate()             # SIGTERM came before there was a process
+        if self.signal: self.process.terminate()                # a signal came before there was a process
         while self.process.poll() is None and not refusal(): time.sleep(.2)
         if self.process.poll() is None: self.process.terminate()
         return self.process.wait()

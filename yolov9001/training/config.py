@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REFERENCE_BATCH', 'OPTIMIZERS', 'TRAINED', 'PRESETS', 'DataConfig', 'ScheduleConfig', 'AugmentConfig', 'TrainConfig',
-           'QuantConfig', 'RunConfig', 'make_config', 'config_of_notebook', 'check_values', 'check_same',
+           'QuantConfig', 'RunConfig', 'make_config', 'config_of_notebook', 'check_values', 'from_best', 'check_same',
            'write_config', 'read_config', 'run_config']
 
 # %% ../../nbs/training/config.ipynb #0612ce3c
@@ -206,6 +206,14 @@ def _meaning(name, config):
     if name == 'input_size': return (str(value).lower().split('x') * 2)[:2]
     return value
 
+# %% ../../nbs/training/config.ipynb #a013aa01
+def from_best(
+    path:str|Path, # of the checkpoint that we cannot go on from
+)->str: # '' where there are no such weights
+    "What else you may do: another run that starts from the best weights of this one"
+    best = Path(path).with_name('best.pt')
+    return f', or train in another --out with -p weights={best}' if best.is_file() else ''
+
 # %% ../../nbs/training/config.ipynb #0f6d8ef5
 def check_same(
     path:str|Path, # of the checkpoint
@@ -218,8 +226,7 @@ def check_same(
     changed = [name for name in names if _meaning(name, before) != _meaning(name, now)]
     if not changed: return
     changes = '; '.join(f'{name}={before[name]}, now {now[name]}' for name in changed)
-    raise InputError(f"{path}: was trained with {changes}; resume with the same, "
-                     f"or begin another run from it: -p weights={Path(path).with_name('best.pt')}")
+    raise InputError(f"{path}: was trained with {changes}; resume with the same{from_best(path)}")
 
 # %% ../../nbs/training/config.ipynb #9e3ca990
 PRESETS = {'coco': dict(weights='none', input_size='640', epochs=300, batch_size=256, close_mosaic=15,
