@@ -36,7 +36,7 @@ from .training.checkpoint import (begin_from, check_classes, check_data, check_f
 from .training.cluster import check_devices
 from .training.config import TrainConfig, check_same, check_values
 from .training.distributed import Replica, World
-from .training.launch import launch, load_data
+from .training.launch import load_data
 from .training.memory import choose_batch, keep_freed_memory, note_device_batch
 from .training.merging import merge_branches
 from .training.optimize import EMA, auxiliary_weight, fine_tune, learning_rate, make_optimizer

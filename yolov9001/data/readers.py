@@ -24,7 +24,7 @@ import numpy as np
 
 from ..core import InputError, quote, read_text, read_yaml
 from .images import IMAGE_SUFFIXES, is_foreign, warn_of_odd_files
-from .records import (CROWD, DIFFICULT, OBJECT, SPLITS, Folder, Labels, Listed, Mark, files_by_split,
+from .records import (CROWD, DIFFICULT, OBJECT, SPLITS, Labels, Listed, Mark, files_by_split,
     find_images, image_folders, images_by_split, require_distinct, walk)
 
 # %% ../../nbs/data/readers.ipynb #dd20f2b0

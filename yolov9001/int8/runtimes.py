@@ -21,9 +21,8 @@ from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
 from yolov9001.core import InputError, LazyModule
 from yolov9001.data.dataset import DetectionSet
 from yolov9001.detection.evaluate import evaluate
-from yolov9001.int8.fidelity import code_differences, layer_agreement
+from yolov9001.int8.fidelity import code_differences
 from yolov9001.int8.onnx import OUTPUT_NAMES, RUNTIMES, export_onnx, export_qdq, read_metadata, runtime_predictor
-from yolov9001.int8.twin import Twin
 
 openvino = LazyModule('openvino')
 

@@ -10,7 +10,6 @@ __all__ = ['RUN_NAMES', 'question_range', 'measure', 'Budget', 'resolve_decode',
 # %% ../../nbs/research/compare.ipynb #b326e003
 import hashlib
 import inspect
-import json
 import os
 import sys
 import warnings

@@ -7,7 +7,6 @@ __all__ = ['CANDIDATES', 'design_table', 'plot_design', 'AddedELAN', 'search']
 
 # %% ../../nbs/research/design.ipynb #78937280
 import warnings
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ..blocks import ConvBNReLU, FusedConv, QARepVGGBlockV2, fold_batchnorm
 from ..data.dataset import DetectionSet, sample_images
 from ..detection.evaluate import evaluate
-from ..detection.loss import BOX_RANGE, distances, distances_to_code
+from ..detection.loss import distances, distances_to_code
 from ..int8.twin import Quantizer, Twin
-from ..model import NP, BottomUp, ModelConfig, TopDown, YOLOv9001, aggregate, upsample
+from ..model import BottomUp, ModelConfig, TopDown, YOLOv9001, aggregate, upsample
 from ..quantize import calibrate
 from ..training.checkpoint import predictor
 
