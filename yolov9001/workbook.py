@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 import torch
 import zmq
+from fastcore.basics import patch
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
@@ -68,6 +69,7 @@ _LEAST = dict(calibration_images=1, qat_epochs=0, qat_lr=1e-9)
 _MOST = dict(calibration_images=10**5, qat_epochs=10**4, qat_lr=1)
 _CHOICES = dict(target=TARGETS, calibration=CALIBRATIONS)
 
+# %% ../nbs/05_workbook.ipynb #e7c40d02
 def check_config(
     config:RunConfig, # of a run
 ):
@@ -322,6 +324,7 @@ def quantize_stage(
 # %% ../nbs/05_workbook.ipynb #97ab163f
 _OF_EARLIER = 'evaluation_int8_qat.json', 'agreement.csv', 'sensitivity.csv', 'report.html'
 
+# %% ../nbs/05_workbook.ipynb #e7c40d06
 def _replace_quantization(config, calibrated, val):
     "Write down a calibrated candidate, then delete what an earlier quantization left"
     out = Path(config.out)
@@ -382,16 +385,20 @@ class OwnKernel(AsyncKernelManager):
         "What is started"
         return KernelSpec(**get_kernel_dict())
 
-    def send(self,
-        number:int, # of a signal
-    ):
-        "Pass a signal on to the kernel"
-        if not self.has_kernel: end_process(number)
-        self.provisioner.process.send_signal(number)
+# %% ../nbs/05_workbook.ipynb #e7c40d04
+@patch
+def send(self:OwnKernel,
+    number:int, # of a signal
+):
+    "Pass a signal on to the kernel"
+    if not self.has_kernel: end_process(number)
+    self.provisioner.process.send_signal(number)
 
-    def close(self):
-        "End the kernel, if there is one"
-        if self.has_kernel: run_sync(self.shutdown_kernel)()
+# %% ../nbs/05_workbook.ipynb #e7c40d05
+@patch
+def close(self:OwnKernel):
+    "End the kernel, if there is one"
+    if self.has_kernel: run_sync(self.shutdown_kernel)()
 
 # %% ../nbs/05_workbook.ipynb #faeba96a
 @cache
@@ -602,6 +609,12 @@ def _objects_in_input(image, record, frame):
     rows = [(image, box, kind, False) for box, kind in zip(frame.apply(record.boxes), record.classes)]
     return rows + [(image, frame.apply(row[None, :4])[0], int(row[4]), True) for row in record.crowds]
 
+# %% ../nbs/05_workbook.ipynb #e7c40d07
+def _spread(detection_set, count):
+    "Positions of at most `count` images, evenly over a split"
+    last = len(detection_set) - 1
+    return np.unique(np.linspace(0, last, min(count, last + 1)).astype(int)).tolist()
+
 # %% ../nbs/05_workbook.ipynb #b8029f0e
 def record_simulation(
     path:str|Path, # a .rknn beside the ONNX file that it was made from
@@ -613,9 +626,9 @@ def record_simulation(
     canvases = []
     codes = []
     objects = []
-    for i in np.unique(np.linspace(0, len(detection_set) - 1, min(count, len(detection_set))).astype(int)):
+    for i in _spread(detection_set, count):
         record = detection_set.records[i]
-        canvas, frame = letterbox(detection_set.read(int(i)), size, (record.height, record.width))
+        canvas, frame = letterbox(detection_set.read(i), size, (record.height, record.width))
         objects += _objects_in_input(len(canvases), record, frame)
         canvases.append(canvas)
         codes.append([to_codes(output) for output in npu(canvas[None])])

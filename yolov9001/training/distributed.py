@@ -87,9 +87,11 @@ class World:
         if self.device.type == 'cuda': torch.cuda.set_device(self.device)
         dist.init_process_group('cpu:gloo,cuda:nccl' if self.device.type == 'cuda' else 'gloo', timeout=TIMEOUT)
 
-    def leave(self):
-        "End the exchange with the others"
-        if dist.is_initialized(): dist.destroy_process_group()
+# %% ../../nbs/training/distributed.ipynb #d5c40d21
+@patch
+def leave(self:World):
+    "End the exchange with the others"
+    if dist.is_initialized(): dist.destroy_process_group()
 
 # %% ../../nbs/training/distributed.ipynb #6a070ac3
 @patch
@@ -251,22 +253,28 @@ class Replica:
         if world.size > 1: self._join(sync_batchnorm, gradient_bits)
         if compile == 'yes': self.parallel = torch.compile(self.parallel)
 
-    def _join(self, sync_batchnorm, gradient_bits):
-        "Average gradients, and for small shares the statistics of BatchNorm, over all processes"
-        synchronized = sync_batchnorm == 'yes' or (sync_batchnorm == 'auto' and self.at_once < 16)
-        if synchronized: self.model = synchronize_batchnorm(self.model, self.world.device)
-        else: self.own_batchnorms = [module for module in self.model.modules() if isinstance(module, nn.BatchNorm2d)]
-        self.parallel = _average_gradients(self.model, self.world.device, gradient_bits)
+# %% ../../nbs/training/distributed.ipynb #d5c40d23
+@patch(as_prop=True)
+def pieces(self:Replica
+)->int: # at least 1
+    "Forward and backward passes a step"
+    return math.ceil(self.share / self.device_batch)
 
-    @property
-    def pieces(self)->int:
-        "Forward and backward passes a step"
-        return math.ceil(self.share / self.device_batch)
+# %% ../../nbs/training/distributed.ipynb #d5c40d24
+@patch(as_prop=True)
+def at_once(self:Replica
+)->int: # at most
+    "Images in each of them"
+    return math.ceil(self.share / self.pieces)
 
-    @property
-    def at_once(self)->int:
-        "Images in each of them, at most"
-        return math.ceil(self.share / self.pieces)
+# %% ../../nbs/training/distributed.ipynb #d5c40d26
+@patch
+def _join(self:Replica, sync_batchnorm, gradient_bits):
+    "Average gradients, and for small shares the statistics of BatchNorm, over all processes"
+    synchronized = sync_batchnorm == 'yes' or (sync_batchnorm == 'auto' and self.at_once < 16)
+    if synchronized: self.model = synchronize_batchnorm(self.model, self.world.device)
+    else: self.own_batchnorms = [module for module in self.model.modules() if isinstance(module, nn.BatchNorm2d)]
+    self.parallel = _average_gradients(self.model, self.world.device, gradient_bits)
 
 # %% ../../nbs/training/distributed.ipynb #6d13f8a7
 def _average_gradients(model, device, gradient_bits):
