@@ -927,7 +927,7 @@ def test_another_file_that_is_called_onnx(tmp_path, checkpoint, case):
     path = write(tmp_path/'a.onnx', contents[case])
     for words in (['bench', path], ['val', path, '--data', write_digits(tmp_path)]):
         code, err = command(*words)
-        assert code == 2 and f'a.onnx: {CALLED_ONNX[case]}' in err and 'yolov9001 export' in err and err.count('\n') == 1, err
+        assert code == 2 and f'a.onnx: {CALLED_ONNX[case]}' in err.splitlines()[-1] and 'yolov9001 export' in err, err
 
 
 NO_MODELS = {'an empty file': b'', 'a text': b'hello, I am a text', 'bytes of zero': bytes(10**5), 'noise': np.random.default_rng(0).bytes(10**5)}
