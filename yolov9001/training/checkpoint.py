@@ -143,8 +143,13 @@ def check_folder(
 ): # raises `InputError` for a run that is there, and neither continued nor overwritten
     "Check that a training may write to a folder"
     if resume and overwrite: raise InputError(f'{folder}: resume and overwrite exclude each other; give one of them')
-    if (Path(folder)/'last.pt').exists() and not (resume or overwrite):
+    last, best = (Path(folder)/name for name in ('last.pt', 'best.pt'))
+    if overwrite or resume and last.exists(): return
+    if last.exists():
         raise InputError(f'{folder}: already holds a run; choose another --out, or --resume, or --overwrite')
+    if best.exists():
+        raise InputError(f'{best}: without last.pt, from which a run goes on; to train on from it, give another --out '
+                         f'and -p weights={best}, or --overwrite to lose it')
 
 # %% ../../nbs/training/checkpoint.ipynb #4e5afa87
 _TABLES = 'layers', 'fidelity', 'weight_ranges', 'code_differences', 'agreement', 'sensitivity', 'runtimes'
