@@ -22,7 +22,7 @@ ROOMS = {'core': '',                                            # a room: those 
          'int8': 'core blocks data detection model rk3588_bench train training',
          'quantize': 'core weights blocks data detection int8 model train training',
          'report': 'core data detection int8 npu quantize',
-         'workbook': 'core data detection int8 model npu quantize report rk3588_bench train training',
+         'workbook': 'core weights data detection int8 model npu quantize report rk3588_bench train training',
          'research': 'core weights report blocks data detection int8 model npu quantize rk3588_bench train training',
          'cli': 'core data detection int8 model npu quantize report rk3588_bench train training workbook research'}
 
