@@ -1,6 +1,10 @@
-"The example of CONTRIBUTING.md does what is said there."
+"What CONTRIBUTING.md says and `make mutations` breaks is still there."
 import re
+import shutil
 from pathlib import Path
+
+import pytest
+from mutations import MUTATIONS, ROOT, break_line
 
 CONTRIBUTING = Path(__file__).resolve().parents[1]/'CONTRIBUTING.md'
 
@@ -12,3 +16,13 @@ def test_a_block_in_ten_lines():
     exec(block, names)
     exec(check, names)
     assert type(names['fuse'](names['block'])) is names['FusedConv']
+
+
+@pytest.mark.parametrize('mutation', MUTATIONS, ids=lambda mutation: mutation.name)
+def test_a_mutation_finds_its_line(mutation, tmp_path):
+    "As the product changes, `make mutations` still breaks what it says"
+    for name in (f'nbs/{mutation.notebook}.ipynb', f'yolov9001/{mutation.module}.py'):
+        (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT/name, tmp_path/name)
+    break_line(mutation, tmp_path)
+    assert mutation.wrong in (tmp_path/f'yolov9001/{mutation.module}.py').read_text()
